@@ -1,0 +1,20 @@
+"""Fixtures that every kind of test uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of released files and public data beside the checkout; users do not have it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (the released tokenizer, configs and public data), which is not there")
+    return SHARED
