@@ -1,0 +1,112 @@
+"""MXFP4, the number format of the released experts: blocks of 32 values, 4 bits each, with one shared power of two.
+
+A tensor `[..., out, in]` is stored as `blocks [..., out, in/32, 16]` (uint8, two E2M1 codes a byte, low nibble first)
+and `scales [..., out, in/32]` (uint8, E8M0: 2 ** (scale - 127)).
+Format: OCP Microscaling Formats (MX) Specification v1.0, sections 5.2, 5.4 and 6.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+BYTES_PER_BLOCK = BLOCK // 2
+SCALE_BIAS = 127
+# E2M1 by code: sign, two bits of exponent, one of mantissa.
+CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+LARGEST_EXPONENT = 2  # of 6.0 = 1.5 * 2**2
+# Weights decoded in one go: the look-up indices (4 bytes for 4 weights) and the result then stay in a core's cache.
+# Fastest of 2**16 .. 2**24 on a 2-core Zen 5, by a factor of 1.3 over whole experts.
+CHUNK_WEIGHTS = 3 << 18
+
+# Two bytes hold four codes; one look-up moves their four values at once, as one integer or complex number of that size.
+_FOUR_VALUES_AS = {torch.bfloat16: torch.int64, torch.float16: torch.int64, torch.float32: torch.complex128}
+
+
+@cache
+def _four_value_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of every pair of bytes, `[65536]`, each entry four values of `dtype` seen as one wide number."""
+    values = torch.tensor(CODE_VALUES, dtype=dtype, device=device)
+    pair = torch.arange(1 << 16, device=device)
+    nibbles = torch.stack([pair & 15, pair >> 4 & 15, pair >> 8 & 15, pair >> 12], dim=-1)
+    return values[nibbles].view(_FOUR_VALUES_AS[dtype]).squeeze(-1)
+
+
+@cache
+def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """2 ** (scale - 127) for every scale byte, `[256]`; 255 stands for NaN."""
+    exponents = torch.arange(256, dtype=torch.float64, device=device) - SCALE_BIAS
+    table = torch.exp2(exponents)
+    table[255] = torch.nan
+    return table.to(dtype)
+
+
+def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """Decode to `[..., out, in]` in bfloat16, float16, float32 or float64; every value is exact where `dtype` holds it.
+
+    `blocks [..., out, in/32, 16]` and `scales [..., out, in/32]` are contiguous uint8. `out` is a contiguous tensor to
+    write into: reusing one matters, since fresh memory costs more in page faults than the decoding itself.
+    """
+    shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
+    if dtype == torch.float64:
+        return dequantise_mxfp4(blocks, scales, torch.float32).to(torch.float64)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    table = _four_value_table(dtype, blocks.device)
+    scale_of = _scale_table(dtype, blocks.device)
+    words = blocks.contiguous().view(-1).view(torch.uint16)  # one per 4 weights
+    flat_scales = scales.contiguous().view(-1)
+    wide = out.view(-1).view(table.dtype)
+    per_block = out.view(-1, BLOCK)
+    blocks_at_once = max(1, CHUNK_WEIGHTS // BLOCK)
+    for first in range(0, flat_scales.numel(), blocks_at_once):
+        last = min(first + blocks_at_once, flat_scales.numel())
+        chunk = slice(first * BLOCK // 4, last * BLOCK // 4)
+        torch.index_select(table, 0, words[chunk].to(torch.int32), out=wide[chunk])
+        per_block[first:last].mul_(scale_of[flat_scales[first:last].to(torch.int32)].unsqueeze(-1))
+    return out
+
+
+@cache
+def _midpoints(device: torch.device) -> Tensor:
+    """Where nearest rounding goes from one magnitude to the next; a tie goes to the even code."""
+    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+    # bucketize sends a tie down; for odd lower codes it must go up, so their boundary moves down by one float32 step.
+    ties_up = torch.tensor([False, True, False, True, False, True, False], device=device)
+    return torch.where(ties_up, torch.nextafter(middles, torch.zeros_like(middles)), middles)
+
+
+def _nearest_codes(values: Tensor) -> Tensor:
+    """E2M1 codes (uint8) nearest to float32 `values`; magnitudes over 6 become 6."""
+    magnitude = torch.bucketize(values.abs(), _midpoints(values.device)).to(torch.uint8)
+    return magnitude | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def quantise_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `weights [..., out, in]` (in a multiple of 32) to nearest: blocks `[..., out, in/32, 16]`, scales.
+
+    Of the two powers of two that can serve a block (the specification's, which clips values over 6, and the next one
+    up, which is coarser) the one with the smaller squared error is taken. Values that MXFP4 holds exactly are kept.
+    """
+    groups = weights.detach().to(torch.float32).unflatten(-1, (-1, BLOCK))  # [..., out, in/32, 32]
+    largest = groups.abs().amax(dim=-1)
+    # frexp gives an exact exponent where log2 could round up at powers of two; zero blocks take the smallest scale.
+    exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT, -SCALE_BIAS)
+    best_codes = best_scales = best_error = None
+    for step in (0, 1):
+        scales = (exponent + step).clamp(-SCALE_BIAS, SCALE_BIAS)
+        unit = torch.exp2(scales.to(torch.float64)).to(torch.float32).unsqueeze(-1)
+        codes = _nearest_codes(groups / unit)
+        error = (torch.tensor(CODE_VALUES, device=codes.device)[codes.int()] * unit - groups).square().sum(-1)
+        if best_codes is None or best_scales is None or best_error is None:
+            best_codes, best_scales, best_error = codes, scales, error
+        else:
+            better = error < best_error
+            best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+            best_scales = torch.where(better, scales, best_scales)
+    assert best_codes is not None and best_scales is not None
+    blocks = best_codes[..., 0::2] | (best_codes[..., 1::2] << 4)
+    return blocks, (best_scales + SCALE_BIAS).to(torch.uint8)
