@@ -1,0 +1,136 @@
+"""From a YAML file, its parent and the command line's overrides to one checked `Recipe`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from finetune.errors import FinetuneError
+from finetune.recipe.paths import resolve_paths
+from finetune.recipe.places import Key, Place, Tree, parse, parse_value
+from finetune.recipe.sentences import sentences
+from finetune.recipe.specs import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe. Defaults give way to its parent, that to the file itself, all to `dotted.key=value` overrides.
+
+    Raises:
+        FinetuneError: whatever is wrong, one line for each mistake, with the file and line (or override) of it.
+    """
+    tree = _read(Path(path), ())
+    for override in overrides:
+        _override(tree, override)
+    resolve_paths(tree)
+    try:
+        recipe = Recipe.model_validate(tree.value)
+    except ValidationError as error:
+        first, *others = sentences(error, tree)
+        raise FinetuneError("\n".join([first.sentence, *map(str, others)]), at=first.at) from None
+    recipe._source = Path(path).resolve()
+    recipe._tree = tree
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key, no parent. `load_recipe` reads an equal recipe from it."""
+    yaml, out = YAML(typ="rt", pure=True), io.StringIO()
+    yaml.width = 110
+    yaml.dump(recipe.model_dump(mode="json"), out)
+    return out.getvalue()
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> Tree:
+    """A file merged over its parent; `children` are the files that led here."""
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        raise FinetuneError("there is no such recipe file", at=str(path)) from None
+    except IsADirectoryError:
+        raise FinetuneError("this is a folder; name the recipe file in it", at=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FinetuneError(f"this recipe cannot be read: {error}", at=str(path)) from error
+    if not isinstance(tree.value, dict):
+        raise FinetuneError("a recipe is a mapping of keys to values, as in `name: my-run`", at=f"{path}:1")
+    if "extends" not in tree.value:
+        return tree
+    place, parent = str(tree.place(("extends",))), tree.value.pop("extends")
+    if not isinstance(parent, str):
+        raise FinetuneError("extends: must name one recipe file", at=place)
+    parent_path = path.parent / Path(parent).expanduser()
+    if not parent_path.is_file():
+        raise FinetuneError(f"extends: there is no recipe file {parent_path}", at=place)
+    line = (*children, path)
+    if parent_path.resolve() in {file.resolve() for file in line}:
+        circle = " -> ".join(map(str, (*line, parent_path)))
+        raise FinetuneError(f"extends: these recipes extend each other in a circle: {circle}", at=place)
+    merged = _read(parent_path, line)
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(below: Tree, above: Tree) -> None:
+    """Lay `above` over `below`, in place: mappings merge, anything else replaces."""
+
+    def lay(over: dict[str, Any], under: dict[str, Any], key: Key) -> None:
+        for name, value in over.items():
+            here = (*key, name)
+            if isinstance(value, dict) and isinstance(under.get(name), dict):
+                lay(value, under[name], here)
+            else:
+                below.forget(here)
+                under[name] = value
+
+    lay(above.value, below.value, ())
+    below.places.update(above.places)
+
+
+def _override(tree: Tree, text: str) -> None:
+    """Set one `dotted.key=value`; a number in the key picks an item of a list."""
+    dotted, equals, value = text.partition("=")
+    place = Place(None, override=text)
+    if not equals or not all(dotted.split(".")):
+        raise FinetuneError(
+            "an override is written dotted.key=value, as in train.max_steps=100", at=str(place)
+        )
+    if dotted == "extends":
+        raise FinetuneError("a parent is named in the recipe file, not by an override", at=str(place))
+    *above, last = dotted.split(".")
+    node: Any = tree.value
+    key: Key = ()
+    for name in above:
+        node, key = _step(node, key, name, place)
+    if isinstance(node, list):
+        _step(node, key, last, place)
+    here = _join(node, key, last)
+    tree.forget(here)
+    node[here[-1]] = parse_value(value, place)
+    tree.places[here] = place
+
+
+def _step(node: Any, key: Key, name: str, place: Place) -> tuple[Any, Key]:
+    """Go one level down, making a section that is not there yet."""
+    here = _join(node, key, name)
+    if isinstance(node, dict):
+        child = node.get(name)
+        if child is None:
+            child = node[name] = {}
+    elif here[-1] in range(len(node)):
+        child = node[here[-1]]
+    else:
+        dotted, size = ".".join(map(str, key)), len(node)
+        raise FinetuneError(f"{dotted} has {size} items, numbered from 0, and no item {name}", at=str(place))
+    if not isinstance(child, dict | list):
+        raise FinetuneError(
+            f"{'.'.join(map(str, here))} is a single value and has no keys below it", at=str(place)
+        )
+    return child, here
+
+
+def _join(node: Any, key: Key, name: str) -> Key:
+    return (*key, int(name) if isinstance(node, list) and name.isdecimal() else name)
