@@ -18,10 +18,10 @@ from finetune.recipe.specs import Recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Defaults give way to its parent, that to the file itself, all to `dotted.key=value` overrides.
+    """Read a recipe: its parent goes over the defaults, the file over its parent, `overrides` over all.
 
     Raises:
-        FinetuneError: whatever is wrong, one line for each mistake, with the file and line (or override) of it.
+        FinetuneError: whatever is wrong, a line for each mistake, with its file and line (or override).
     """
     tree = _read(Path(path), ())
     for override in overrides:

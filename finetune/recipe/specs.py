@@ -145,7 +145,7 @@ class TrainSpec(Spec):
 
 
 class Task(Spec):
-    """Questions whose answer is the last assistant final of each row; `path: held_out` takes the held-out rows."""
+    """Questions and answers, an answer being a row's last final; `path: held_out` takes the held-out rows."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     path: Text
