@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BLOCK = 32
-BYTES_PER_BLOCK = BLOCK // 2
+from finetune.model.layout import BLOCK
+
 SCALE_BIAS = 127
 # E2M1 by code: sign, two bits of exponent, one of mantissa.
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -22,17 +22,24 @@ LARGEST_EXPONENT = 2  # of 6.0 = 1.5 * 2**2
 # Fastest of 2**16 .. 2**24 on a 2-core Zen 5, by a factor of 1.3 over whole experts.
 CHUNK_WEIGHTS = 3 << 18
 
-# Two bytes hold four codes; one look-up moves their four values at once, as one integer or complex number of that size.
-_FOUR_VALUES_AS = {torch.bfloat16: torch.int64, torch.float16: torch.int64, torch.float32: torch.complex128}
+# One look-up moves the values of one or two bytes at once, seen as one number of their joint size.
+_WIDE = {
+    torch.bfloat16: (torch.uint16, torch.int64),
+    torch.float16: (torch.uint16, torch.int64),
+    torch.float32: (torch.uint16, torch.complex128),
+    torch.float64: (torch.uint8, torch.complex128),
+}
 
 
 @cache
-def _four_value_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values of every pair of bytes, `[65536]`, each entry four values of `dtype` seen as one wide number."""
+def _value_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of every byte or pair of bytes, `[256 or 65536]`, each entry 2 or 4 values of `dtype`."""
+    word, wide = _WIDE[dtype]
+    codes_per_word = 2 * word.itemsize
+    words = torch.arange(1 << 4 * codes_per_word, device=device)
+    nibbles = torch.stack([words >> 4 * place & 15 for place in range(codes_per_word)], dim=-1)
     values = torch.tensor(CODE_VALUES, dtype=dtype, device=device)
-    pair = torch.arange(1 << 16, device=device)
-    nibbles = torch.stack([pair & 15, pair >> 4 & 15, pair >> 8 & 15, pair >> 12], dim=-1)
-    return values[nibbles].view(_FOUR_VALUES_AS[dtype]).squeeze(-1)
+    return values[nibbles].view(wide).squeeze(-1)
 
 
 @cache
@@ -51,20 +58,19 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out:
     write into: reusing one matters, since fresh memory costs more in page faults than the decoding itself.
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
-    if dtype == torch.float64:
-        return dequantise_mxfp4(blocks, scales, torch.float32).to(torch.float64)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    table = _four_value_table(dtype, blocks.device)
+    table = _value_table(dtype, blocks.device)
     scale_of = _scale_table(dtype, blocks.device)
-    words = blocks.contiguous().view(-1).view(torch.uint16)  # one per 4 weights
+    words = blocks.contiguous().view(-1).view(_WIDE[dtype][0])
+    words_per_block = words.numel() // max(1, scales.numel())
     flat_scales = scales.contiguous().view(-1)
     wide = out.view(-1).view(table.dtype)
     per_block = out.view(-1, BLOCK)
     blocks_at_once = max(1, CHUNK_WEIGHTS // BLOCK)
     for first in range(0, flat_scales.numel(), blocks_at_once):
         last = min(first + blocks_at_once, flat_scales.numel())
-        chunk = slice(first * BLOCK // 4, last * BLOCK // 4)
+        chunk = slice(first * words_per_block, last * words_per_block)
         torch.index_select(table, 0, words[chunk].to(torch.int32), out=wide[chunk])
         per_block[first:last].mul_(scale_of[flat_scales[first:last].to(torch.int32)].unsqueeze(-1))
     return out

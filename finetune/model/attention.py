@@ -1,0 +1,179 @@
+"""Attention with sinks over packed documents, in blocks of queries: no L x L matrix, no token sees another document.
+
+Each head has a learned sink s: an extra logit in the softmax that attends to nothing. For a query i of document d,
+
+    p_ij = exp(q_i . k_j * scale - lse_i),   lse_i = log(exp(s) + sum_j exp(q_i . k_j * scale))
+
+over the keys j of d with i - window < j <= i (Xiao et al. 2023, "Efficient Streaming Language Models with Attention
+Sinks"; openai/gpt-oss `torch/model.py`). Forward keeps the output and lse in float32, backward recomputes p block by
+block (Dao et al. 2022, "FlashAttention", algorithm 4). A block of queries meets only the keys from the start of its
+first document, or of its window, so a windowed layer costs O(L * window) and many short documents cost their own
+squares.
+
+Letters in shapes: B batch, L length, Hq query heads, Hk key heads, G = Hq / Hk, D head size, q queries of a block, k its keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+NAME = "packed_sinks"
+# Queries of one block: small enough that a window of 128 is not drowned in masked keys, large enough for fast products.
+BLOCK_QUERIES = 128
+
+
+class Block(NamedTuple):
+    """Queries `[first, last)` and the first key that any of them may see."""
+
+    first: int
+    last: int
+    first_key: int
+    first_key_in_window: int
+
+
+class Packing:
+    """Where documents begin in a packed batch; stands in for the attention mask of every layer."""
+
+    def __init__(self, position_ids: Tensor, window: int) -> None:
+        """`position_ids [B, L]` restart at 0 with each document; `window` in tokens."""
+        length = position_ids.shape[1]
+        self.starts = torch.arange(length, device=position_ids.device) - position_ids  # [B, L]
+        earliest = self.starts.amin(0)[::BLOCK_QUERIES].tolist()
+        self.blocks = [
+            Block(first, min(first + BLOCK_QUERIES, length), start, max(start, first - window + 1))
+            for first, start in zip(range(0, length, BLOCK_QUERIES), earliest, strict=True)
+        ]
+
+    def hidden(self, block: Block, first_key: int, window: int | None) -> Tensor:
+        """`[B, 1, q, k]`: True where a query of `block` must not see a key in `[first_key, block.last)`."""
+        device = self.starts.device
+        query = torch.arange(block.first, block.last, device=device).unsqueeze(1)
+        key = torch.arange(first_key, block.last, device=device)
+        hidden = (key > query) | (key < self.starts[:, block.first : block.last].unsqueeze(-1))
+        if window is not None:
+            hidden |= query - key >= window
+        return hidden.unsqueeze(1)
+
+
+def _heads_as_rows(x: Tensor, key_heads: int) -> Tensor:
+    """`[B, Hq, q, D] -> [B, Hk, G * q, D]`: the query heads of a key head become more queries of one product."""
+    return x.unflatten(1, (key_heads, -1)).flatten(2, 3)
+
+
+def _masked_scores(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """`query [B, Hk, G * q, D]`, `key [B, Hk, k, D]`, `hidden [B, 1, q, k]` -> float32 `[B, Hk, G, q, k]`."""
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    return scores.unflatten(2, (-1, hidden.shape[-2])).masked_fill_(hidden.unsqueeze(2), -torch.inf)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor,
+        packing: Packing, window: int | None, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """`query [B, Hq, L, D]`, `key` and `value [B, Hk, L, D]`, `sinks [Hq]` -> `[B, Hq, L, D]`."""
+        batch, heads, length, _ = query.shape
+        key_heads = key.shape[1]
+        out = torch.empty_like(query)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(batch, heads, length, dtype=wide)
+        sink = sinks.to(wide).view(key_heads, -1, 1)  # [Hk, G, 1]
+        for block in packing.blocks:
+            first_key = block.first_key if window is None else block.first_key_in_window
+            rows, keys = slice(block.first, block.last), slice(first_key, block.last)
+            hidden = packing.hidden(block, first_key, window)
+            scores = _masked_scores(_heads_as_rows(query[:, :, rows], key_heads), key[:, :, keys], hidden, scale)
+            block_lse = torch.logaddexp(torch.logsumexp(scores, -1), sink)  # [B, Hk, G, q]
+            p = scores.sub_(block_lse.unsqueeze(-1)).exp_().to(value.dtype)
+            out[:, :, rows] = (p.flatten(2, 3) @ value[:, :, keys]).view(batch, heads, -1, query.shape[-1])
+            lse[:, :, rows] = block_lse.flatten(1, 2)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.packing, ctx.window, ctx.scale = packing, window, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        packing: Packing = ctx.packing
+        d_out = grad_outputs[0]
+        key_heads, wide = key.shape[1], lse.dtype
+        # The softmax gradient's row term, p . dp, equals out . d_out (FlashAttention, equation 4).
+        row_term = (out.to(wide) * d_out.to(wide)).sum(-1)  # [B, Hq, L]
+        p_sink = torch.exp(sinks.to(wide).view(1, -1, 1) - lse)
+        d_sinks = -(p_sink * row_term).sum((0, 2)).to(sinks.dtype)
+        d_query = torch.empty_like(query)
+        d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        for block in packing.blocks:
+            first_key = block.first_key if ctx.window is None else block.first_key_in_window
+            rows, keys = slice(block.first, block.last), slice(first_key, block.last)
+            hidden = packing.hidden(block, first_key, ctx.window)
+            q_rows, d_rows = _heads_as_rows(query[:, :, rows], key_heads), _heads_as_rows(d_out[:, :, rows], key_heads)
+            k_block, v_block = key[:, :, keys], value[:, :, keys]
+            p = _masked_scores(q_rows, k_block, hidden, ctx.scale).flatten(2, 3)  # [B, Hk, G * q, k]
+            p.sub_(_heads_as_rows(lse[:, :, rows].unsqueeze(-1), key_heads)).exp_()
+            d_value[:, :, keys] += p.to(value.dtype).transpose(-1, -2) @ d_rows
+            d_p = (d_rows @ v_block.transpose(-1, -2)).to(wide)
+            d_p.sub_(_heads_as_rows(row_term[:, :, rows].unsqueeze(-1), key_heads))
+            d_scores = p.mul_(d_p).mul_(ctx.scale).to(query.dtype)
+            d_query[:, :, rows] = (d_scores @ k_block).view_as(d_query[:, :, rows])
+            d_key[:, :, keys] += d_scores.transpose(-1, -2) @ q_rows
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks, None, None, None
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+) -> Tensor:
+    """For generation with a cache: an additive `mask [B, 1, q, k]`, few queries. -> `[B, Hq, q, D]`."""
+    key_heads = key.shape[1]
+    scores = _heads_as_rows(query, key_heads) @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    scores = scores.unflatten(2, (-1, query.shape[2]))  # [B, Hk, G, q, k]
+    if mask is not None:
+        scores = scores + mask.unsqueeze(2)
+    sink = sinks.to(scores.dtype).view(key_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    p = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1].to(value.dtype)
+    return (p.flatten(2, 3) @ value).view_as(query)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | Tensor | None,
+    scaling: float, sliding_window: int | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention function as transformers calls it: `query [B, Hq, q, D]` -> `[B, q, Hq, D]`."""
+    assert s_aux is not None, "gpt-oss attention always has sinks"
+    if isinstance(attention_mask, Packing):
+        out = _PackedAttention.apply(query, key, value, s_aux, attention_mask, sliding_window, scaling)
+    else:
+        out = _dense_attention(query, key, value, attention_mask, s_aux, scaling)
+    return out.transpose(1, 2), None
+
+
+def _hand_over_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of `GptOssModel`, which would build its masks without looking at `position_ids`."""
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
+    packing = Packing(positions, model.config.sliding_window)
+    mask = {"full_attention": packing, "sliding_attention": packing}
+    return args, {**kwargs, "position_ids": positions, "attention_mask": mask}
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Give a `GptOssForCausalLM`, whose configuration names this attention, masks that respect documents."""
+    model.model.register_forward_pre_hook(_hand_over_packing, with_kwargs=True)
+
+
+AttentionInterface.register(NAME, attend)
+# Where a cache or padding is at play transformers builds dense additive masks for us.
+AttentionMaskInterface.register(NAME, eager_mask)

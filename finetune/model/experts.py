@@ -1,0 +1,147 @@
+"""The modules that hold a layer's experts: as released (packed MXFP4) or dense (a merged bf16 checkpoint)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GptOssConfig
+
+from finetune.model.expert_layer import Factors, run_experts
+from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
+from finetune.model.mxfp4 import dequantise_mxfp4
+
+# Weights that a group of experts decodes at once. Below it, small experts share one grouped product instead of paying
+# for a dozen small operations each; above it, a single expert of gpt-oss-20b (16.6 M weights) fills the machine alone.
+GROUP_WEIGHTS = 1 << 22
+
+
+class Scratch:
+    """Memory for decoded weights, shared by all layers of a model: one buffer a purpose, kept at its largest size."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor whose content is whatever its last user left; valid until the next call with the same purpose."""
+        size = torch.Size(shape).numel()
+        buffer = self._buffers.get((purpose, dtype, device))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[purpose, dtype, device] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return Scratch()
+
+
+class Experts(nn.Module, ABC):
+    """What packed and dense experts share: sizes, biases, the activation's constants and the active LoRA factors.
+
+    Takes the place of transformers' `GptOssExperts`, with its forward signature.
+    """
+
+    # PEFT reads this to know that lora_A meets the input and lora_B the output without swapping the two.
+    is_transposed = True
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+    def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
+        super().__init__()
+        self.num_experts: int = config.num_local_experts
+        self.hidden_size: int = config.hidden_size
+        self.intermediate_size: int = config.intermediate_size
+        self.alpha: float = config.swiglu_alpha
+        self.limit: float = config.swiglu_limit
+        self.scratch = scratch
+        self.active_factors: dict[str, Factors] = {}
+        self.live_experts: Tensor | None = None  # [E] bool while gradients are watched
+
+    def _add_biases(self) -> None:
+        # Registered after the weights: PEFT names adapters by the order of a module's parameters.
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
+
+    def features(self, parameter_name: str) -> tuple[int, int]:
+        """In and out of `gate_up_proj` or `down_proj`, whatever the layout they are stored in."""
+        if parameter_name == "gate_up_proj":
+            return self.hidden_size, 2 * self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def group_size(self, dtype: torch.dtype) -> int:
+        """Experts to decode and multiply at once."""
+        if dtype == torch.float64:  # which grouped_mm refuses
+            return 1
+        per_expert = 2 * self.intermediate_size * self.hidden_size
+        return min(self.num_experts, max(1, GROUP_WEIGHTS // per_expert))
+
+    def watch_gradients(self, on: bool) -> None:
+        """Begin or end noting which experts have a token that sends them a gradient."""
+        device = self.gate_up_proj_bias.device
+        self.live_experts = torch.zeros(self.num_experts, dtype=torch.bool, device=device) if on else None
+
+    def note_gradient(self, expert: Tensor, live: Tensor) -> None:
+        """`expert [n]` of each row; `live [n]`: whether a non-zero gradient came to it."""
+        if self.live_experts is not None:
+            self.live_experts[expert[live]] = True
+
+    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        """`hidden_states [T, H]`, `router_indices [T, k]`, `routing_weights [T, k]` -> `[T, H]`."""
+        up, down = self.active_factors.get("gate_up_proj"), self.active_factors.get("down_proj")
+        return run_experts(hidden_states, router_indices, routing_weights, self, up, down)
+
+    @abstractmethod
+    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """`[last - first, 2I, H]`, gate and up rows interleaved."""
+
+    @abstractmethod
+    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """`[last - first, H, I]`."""
+
+
+class PackedExperts(Experts):
+    """Experts in the released bytes: `blocks [E, out, in/32, 16]` and `scales [E, out, in/32]`, never unpacked whole."""
+
+    def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
+        super().__init__(config, scratch)
+        for name in ("gate_up_proj", "down_proj"):
+            inputs, outputs = self.features(name)
+            blocks = torch.empty(self.num_experts, outputs, inputs // BLOCK, BYTES_PER_BLOCK, dtype=torch.uint8)
+            self.register_parameter(name, nn.Parameter(blocks, requires_grad=False))
+        for name in ("gate_up_proj", "down_proj"):
+            inputs, outputs = self.features(name)
+            scales = torch.empty(self.num_experts, outputs, inputs // BLOCK, dtype=torch.uint8)
+            self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+        self._add_biases()
+
+    def _decode(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        blocks = self.get_parameter(name)[first:last]
+        scales = self.get_parameter(f"{name}_scales")[first:last]
+        inputs, outputs = self.features(name)
+        out = self.scratch.take(name, (last - first, outputs, inputs), dtype, blocks.device)
+        return dequantise_mxfp4(blocks, scales, dtype, out=out)
+
+    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self._decode("gate_up_proj", first, last, dtype)
+
+    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self._decode("down_proj", first, last, dtype)
+
+
+class DenseExperts(Experts):
+    """Experts of a merged bf16 checkpoint: `gate_up_proj [E, H, 2I]`, `down_proj [E, I, H]`, as transformers lays out."""
+
+    def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
+        super().__init__(config, scratch)
+        for name in ("gate_up_proj", "down_proj"):
+            inputs, outputs = self.features(name)
+            weights = torch.empty(self.num_experts, inputs, outputs)
+            self.register_parameter(name, nn.Parameter(weights, requires_grad=False))
+        self._add_biases()
+
+    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.gate_up_proj[first:last].to(dtype).transpose(1, 2)
+
+    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.down_proj[first:last].to(dtype).transpose(1, 2)

@@ -1,0 +1,112 @@
+"""A checkpoint directory becomes a transformers model whose experts stay packed, memory-mapped from the files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from finetune.errors import FinetuneError
+from finetune.model.attention import NAME as ATTENTION
+from finetune.model.attention import use_packed_attention
+from finetune.model.checkpoint import CheckpointInfo, inspect_checkpoint
+from finetune.model.experts import DenseExperts, PackedExperts, Scratch
+from finetune.model.lora import load_adapter
+from finetune.model.places import resolve
+from finetune.model.recompute import use_selective_recompute
+
+
+def load_model(
+    where: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """Load a model and its tokenizer.
+
+    `where` is a checkpoint directory, a hub id, a run directory (its base with its adapter) or `nano`; `adapter` a
+    directory in PEFT's layout. `dtype` (bfloat16 by default) is that of attention, embeddings and the computation;
+    expert blocks keep their bytes. `device` is the first GPU where there is one, else the CPU. With an adapter the
+    result is a `PeftModel` over the `GptOssForCausalLM`, ready for inference.
+    Raises FinetuneError for anything wrong with the files.
+    """
+    place = resolve(where)
+    adapter_path = Path(adapter) if adapter is not None else place.adapter
+    model = load_base(place.base, dtype=dtype or torch.bfloat16, device=device)
+    tokenizer = load_tokenizer(place.base)
+    if adapter_path is None:
+        return model, tokenizer
+    return load_adapter(model, adapter_path, base=place.base), tokenizer
+
+
+def load_base(path: Path, *, dtype: torch.dtype, device: torch.device | str | None = None) -> GptOssForCausalLM:
+    """The checkpoint's model in evaluation mode, every parameter frozen, its tensors backed by the files' pages."""
+    info = inspect_checkpoint(path)
+    config = _read_model_config(path, dtype)
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+        scratch = Scratch()
+        experts_type = PackedExperts if info.kind == "mxfp4" else DenseExperts
+        for layer in model.model.layers:
+            layer.mlp.experts = experts_type(config, scratch)
+    model.load_state_dict(_map_tensors(info, dtype), assign=True, strict=True)
+    # Its frequencies are computed, not loaded, and came out on the meta device.
+    model.model.rotary_emb = GptOssRotaryEmbedding(config=config)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    use_packed_attention(model)
+    use_selective_recompute(model)
+    model.requires_grad_(False)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def _read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:
+    config = GptOssConfig.from_pretrained(path)
+    # transformers would look for its own quantizer; the packed experts are ours.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    config._attn_implementation = ATTENTION
+    # The released 0.9 would swamp the loss; asking for router logits is what turns it on.
+    config.output_router_logits = False
+    return config
+
+
+def _map_tensors(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors under our parameter names; those whose dtype already fits are views of the mapped file."""
+    state: dict[str, Tensor] = {}
+    for file in sorted({tensor.file for tensor in info.tensors.values()}):
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dictionary)
+                tensor = shard.get_tensor(name)
+                # The router's parameters sit one module deeper in the released names as in ours: no renaming there.
+                state[name.removesuffix("_blocks")] = tensor if tensor.dtype == torch.uint8 else tensor.to(dtype)
+    return state
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory; raises FinetuneError where there is none."""
+    if not (path / "tokenizer.json").is_file():
+        raise FinetuneError("no tokenizer.json in the model directory", at=str(path))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def hash_frozen(model: nn.Module) -> str:
+    """sha256 over name, shape and bytes of every parameter that is not trained; reads all of them."""
+    digest = hashlib.sha256()
+    frozen: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    for name, parameter in sorted(frozen):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
