@@ -215,8 +215,8 @@ def _check_calls(messages: Sequence[Message], tools: Sequence[Tool]) -> None:
         for call in message.tool_calls:
             if known and call.name not in known:
                 listed = ", ".join(sorted(known))
-                who = f"message {number} (assistant)"
-                raise FinetuneError(f"{who} calls {call.name!r}, which is not among the row's tools: {listed}")
+                where = f"message {number} (assistant)"
+                raise FinetuneError(f"{where} calls {call.name!r}, which is not among its tools: {listed}")
 
 
 def _name_results(messages: Sequence[Message]) -> tuple[Message, ...]:
