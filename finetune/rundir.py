@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +67,14 @@ class RunDir:
             raise FinetuneError(what, at=str(path))
         return cls(Path(path).resolve())
 
+    @classmethod
+    def all(cls, root: Path = Path("runs")) -> list[RunDir]:
+        """The runs in a folder, oldest first."""
+        found = (
+            [cls(p) for p in root.iterdir() if cls.is_run(p) and not p.is_symlink()] if root.is_dir() else []
+        )
+        return sorted(found, key=lambda run: (str(run.info().get("created", "")), run.path.name))
+
     @staticmethod
     def is_run(path: str | Path) -> bool:
         return (Path(path) / "run.json").is_file() and (Path(path) / "recipe.yaml").is_file()
@@ -114,6 +123,21 @@ class RunDir:
     def metrics(self) -> Path:
         """One JSON object a line: step, loss, learning_rate and so on."""
         return self.path / "metrics.jsonl"
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The latest figure of each kind in metrics.jsonl; empty before the first step."""
+        latest: dict[str, Any] = {}
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                # A run that was killed may leave half a line at the end.
+                with suppress(ValueError):
+                    latest.update(json.loads(line))
+        return latest
+
+    @property
+    def cache(self) -> Path:
+        """Tokenised data, which the runs beside this one share."""
+        return self.path.parent / ".cache"
 
     @property
     def eval_dir(self) -> Path:

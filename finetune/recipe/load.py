@@ -104,33 +104,28 @@ def _override(tree: Tree, text: str) -> None:
     node: Any = tree.value
     key: Key = ()
     for name in above:
-        node, key = _step(node, key, name, place)
-    if isinstance(node, list):
-        _step(node, key, last, place)
-    here = _join(node, key, last)
-    tree.forget(here)
-    node[here[-1]] = parse_value(value, place)
-    tree.places[here] = place
+        key = _below(node, key, name, place)
+        if isinstance(node, dict) and node.get(name) is None:
+            node[name] = {}
+        node = node[key[-1]]
+        if not isinstance(node, dict | list):
+            said = f"{_dotted(key)} is a single value and has no keys below it"
+            raise FinetuneError(said, at=str(place))
+    key = _below(node, key, last, place)
+    tree.forget(key)
+    node[key[-1]] = parse_value(value, place)
+    tree.places[key] = place
 
 
-def _step(node: Any, key: Key, name: str, place: Place) -> tuple[Any, Key]:
-    """Go one level down, making a section that is not there yet."""
-    here = _join(node, key, name)
+def _below(node: Any, key: Key, name: str, place: Place) -> Key:
+    """The key one level below `key`, whose value is `node`."""
     if isinstance(node, dict):
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-    elif here[-1] in range(len(node)):
-        child = node[here[-1]]
-    else:
-        dotted, size = ".".join(map(str, key)), len(node)
-        raise FinetuneError(f"{dotted} has {size} items, numbered from 0, and no item {name}", at=str(place))
-    if not isinstance(child, dict | list):
-        raise FinetuneError(
-            f"{'.'.join(map(str, here))} is a single value and has no keys below it", at=str(place)
-        )
-    return child, here
+        return (*key, name)
+    if name.isdecimal() and int(name) < len(node):
+        return (*key, int(name))
+    said = f"{_dotted(key)} has no item {name}: its {len(node)} are numbered from 0"
+    raise FinetuneError(said, at=str(place))
 
 
-def _join(node: Any, key: Key, name: str) -> Key:
-    return (*key, int(name) if isinstance(node, list) and name.isdecimal() else name)
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,14 @@ def _sources(value: Any, key: Key, tree: Tree) -> Any:
 
 def _absolute(value: str, tree: Tree, key: Key) -> str:
     path, place = Path(value).expanduser(), tree.place(key)
-    if place and place.file and (place.file.parent / path).exists():
+    if place and place.file and _exists(place.file.parent / path):
         path = place.file.parent / path
     return str(path.resolve())
+
+
+def _exists(path: Path) -> bool:
+    """Is there such a file or folder, or, for a pattern such as data/*.jsonl, at least one?"""
+    return path.exists() or any(glob.iglob(str(path), recursive=True))
 
 
 def require_files(recipe: Recipe) -> None:
@@ -63,6 +69,6 @@ def require_files(recipe: Recipe) -> None:
         named += [(("data", "held_out", i, "path"), s.path) for i, s in enumerate(recipe.data.held_out)]
     named += [(("eval", "tasks", i, "path"), task.path) for i, task in enumerate(recipe.eval.tasks)]
     for key, path in named:
-        if path is not None and path != "held_out" and not Path(path).exists():
+        if path is not None and path != "held_out" and not _exists(Path(path)):
             dotted = ".".join(map(str, key))
             raise FinetuneError(f"{dotted}: there is no file {path}", at=recipe.at(*key))

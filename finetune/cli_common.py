@@ -1,0 +1,77 @@
+"""What all commands share: their options, how a mistake is said, and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import IO, Annotated, Any
+
+import typer
+
+from finetune.errors import FinetuneError
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in train.max_steps=100."),
+]
+
+
+@contextmanager
+def command(as_json: bool, debug: bool) -> Iterator[Output]:
+    """Run the body of a command: what goes wrong becomes one sentence and exit status 1.
+
+    With --json, what a library prints goes to standard error, and a failure is also told as `{"error": ...}`.
+    """
+    output = Output(as_json)
+    try:
+        with redirect_stdout(typer.get_text_stream("stderr")) if as_json else _as_is():
+            yield output
+    except (typer.Exit, typer.Abort):
+        raise
+    except FinetuneError as error:
+        if debug:
+            raise
+        output.fail(str(error))
+    except KeyboardInterrupt:
+        output.fail("stopped")
+    except Exception as error:
+        if debug:
+            raise
+        reason = (str(error) or "no reason given").splitlines()[0]
+        output.fail(f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where")
+
+
+class Output:
+    """Where a command says its result: once, as JSON or as text."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stdout: IO[str] = typer.get_text_stream("stdout")
+
+    def json(self, value: Any) -> None:
+        """One line of JSON."""
+        print(json.dumps(value, ensure_ascii=False), file=self._stdout, flush=True)
+
+    def fail(self, sentence: str) -> None:
+        """Say what is wrong and end with exit status 1."""
+        if self.as_json:
+            self.json({"error": sentence})
+        typer.secho(sentence, fg=typer.colors.RED, err=True)
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield
+
+
+def said_bytes(count: float) -> str:
+    """Bytes as people say them: 13.8 GB, 6.1 MB, 512 B."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

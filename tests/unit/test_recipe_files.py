@@ -1,0 +1,54 @@
+"""Every recipe and accelerate file that ships: it loads, and explains each of its keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe import dump_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# What a base leaves to the recipes that extend it.
+GIVEN = ["name=given", "data.train=rows.jsonl"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_are_recipes_for_every_size() -> None:
+    assert {"base", "gpt-oss-20b", "gpt-oss-120b"} <= {path.parent.name for path in RECIPES}
+    assert {path.stem for path in CONFIGS} >= {"single", "ddp", "fsdp2", "multinode"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_shipped_recipe_loads_and_its_dump_loads_back(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, GIVEN if path.parent.name == "base" else [])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_accelerate_reads_every_shipped_config(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    # The recipe's model.dense decides the dtype: autocast on top would change the computation unseen.
+    assert config.mixed_precision == "no"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *CONFIGS], ids=name_of)
+def test_every_key_of_a_shipped_file_has_a_comment(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        key = re.match(r"\s*(?:- )?([\w]+):(.*)", line)
+        if not key:
+            continue
+        # A section's own comment may be that of its first key, and `extends` says all by itself.
+        section_or_parent = not key[2].strip() or key[1] == "extends"
+        above = number > 0 and lines[number - 1].lstrip().startswith("#")
+        assert above or "#" in key[2] or section_or_parent, f"{path}:{number + 1}: {key[1]} has no comment"
