@@ -1,0 +1,151 @@
+"""`accelerate launch -m finetune.train RECIPE|RUN [k=v ...] [--json] [--debug]`
+
+Trains the adapter that a recipe describes, measures and exports it; given a run directory, goes on where
+the run stopped. Exit status: 0 done, 1 said why (a stop by Ctrl-C or SIGTERM included), 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError
+from finetune.recipe import Recipe, dump_recipe, load_recipe
+from finetune.rundir import RunDir
+from finetune.train.surroundings import quieten, set_up_wandb
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_intermixed_args(arguments)
+    first, out = os.environ.get("RANK", "0") == "0", sys.stdout
+    try:
+        # Whatever a library prints must not get between a machine and its JSON.
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            result = train(options)
+    except KeyboardInterrupt:
+        result = {"status": "stopped", "error": "stopped before there was a run"}
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        result = {"status": "failed", "error": _sentence(error)}
+    if first and "error" in result:
+        print(result["error"], file=sys.stderr)
+    if first and options.json:
+        print(json.dumps(result), file=out)
+    return 1 if "error" in result else 0
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, measure and export; returns what --json prints.
+
+    Raises:
+        FinetuneError: whatever keeps the run from being done.
+    """
+    going_on = RunDir.is_run(options.recipe)
+    recipe = load_recipe(
+        Path(options.recipe) / "recipe.yaml" if going_on else options.recipe, options.overrides
+    )
+    if not options.debug:
+        quieten()
+
+    import torch
+    from accelerate import PartialState
+    from rich.console import Console
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(stderr=options.json, highlight=False, soft_wrap=True)
+    run = _run_directory(options, recipe, state)
+    set_up_wandb(recipe, run.path)
+
+    from finetune.train.session import fit
+
+    with _status_kept(run, state):
+        if state.is_main_process:
+            console.print(f"run directory: {run.path}")
+        if options.overrides or not run.adapter.is_dir():
+            outcome = fit(recipe, run, state, console)
+            if outcome.stopped:
+                return _stopped(run, state, f"stopped after step {outcome.step} of {outcome.steps}")
+        if state.is_main_process:
+            from finetune.pipeline import after_training
+
+            return {"run": str(run.path), "status": "done", **after_training(run, console)}
+    return {"status": "done"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune.train", description="Train an adapter, measure and export it."
+    )
+    parser.add_argument("recipe", metavar="RECIPE|RUN", help="a recipe, or a run directory to go on with")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted.key=value, the value is YAML"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, progress on stderr")
+    parser.add_argument("--debug", action="store_true", help="tracebacks and the libraries' own messages")
+    return parser
+
+
+def _run_directory(options: argparse.Namespace, recipe: Recipe, state: Any) -> RunDir:
+    """A new run, or the one to go on with; the first process makes it and tells the others where."""
+    from accelerate.utils import broadcast_object_list
+
+    from finetune.train.record import provenance
+
+    path: list[str | None] = [None]
+    if state.is_main_process:
+        going_on = RunDir.is_run(options.recipe)
+        run = RunDir.open(options.recipe) if going_on else RunDir.create(recipe)
+        about = provenance([options.recipe, *options.overrides], state.num_processes)
+        if not going_on:
+            run.update(**about)
+        else:
+            run.update(went_on=[*run.info().get("went_on", []), about])
+            (run.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        path = [str(run.path)]
+    broadcast_object_list(path)
+    return RunDir.open(str(path[0]))
+
+
+def _stopped(run: RunDir, state: Any, what: str) -> dict[str, Any]:
+    if state.is_main_process:
+        run.update(status="stopped")
+    return {
+        "run": str(run.path),
+        "status": "stopped",
+        "error": f"{what}; `finetune train {run.path}` goes on",
+    }
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, FinetuneError):
+        return str(error)
+    reason = (str(error) or "no reason given").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where"
+
+
+@contextlib.contextmanager
+def _status_kept(run: RunDir, state: Any) -> Iterator[None]:
+    """Let run.json say so when the run fails or is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise FinetuneError(_stopped(run, state, "interrupted")["error"]) from None
+    except Exception as error:
+        if state.is_main_process:
+            # On a full disk this fails as well, and the first failure is the one to tell.
+            with contextlib.suppress(FinetuneError):
+                run.update(status="failed", error=_sentence(error))
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
