@@ -1,0 +1,1 @@
+"""Measure the base against the tuned model, and talk to either."""

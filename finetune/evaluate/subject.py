@@ -1,0 +1,79 @@
+"""A model under test: one base in memory, and the adapter that makes it the tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finetune.chat.encode import HarmonyEncoder
+    from finetune.rundir import RunDir
+
+Which = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`model` is a PeftModel when `tuned`, else the bare base."""
+
+    model: PreTrainedModel
+    encoder: HarmonyEncoder
+    tuned: bool
+
+    @property
+    def variants(self) -> tuple[Which, ...]:
+        return ("base", "tuned") if self.tuned else ("base",)
+
+    @contextmanager
+    def acting_as(self, which: Which) -> Iterator[PreTrainedModel]:
+        """The model as base (adapter switched off) or as tuned."""
+        if self.tuned and which == "base":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+
+def load_encoder(where: str | Path) -> HarmonyEncoder:
+    """The tokenizer of the model that `where` names; loads no weights."""
+    from finetune.chat.encode import HarmonyEncoder
+    from finetune.model import resolve
+
+    return HarmonyEncoder.from_dir(resolve(where).base)
+
+
+def load_subject(where: str | Path) -> Subject:
+    """Load what `where` names: a run or adapter directory (both with their base), or a base alone.
+
+    A run computes in the dtype that its recipe says.
+
+    Raises:
+        FinetuneError: nothing is there, or the adapter belongs to another base.
+    """
+    import torch
+    from peft import PeftModel
+
+    from finetune.model import load_model
+
+    run = find_run(where)
+    dtype = torch.float32 if run and run.recipe().model.dense == "float32" else None
+    model, _ = load_model(where, dtype=dtype)
+    return Subject(model, load_encoder(where), isinstance(model, PeftModel))
+
+
+def find_run(where: str | Path) -> RunDir | None:
+    """The run that `where` names: itself, or the one that this checkpoint or adapter lies in."""
+    from finetune.rundir import RunDir
+
+    path = Path(where)
+    if path.is_dir():
+        path = path.resolve()
+        for place in (path, path.parent, path.parent.parent):
+            if RunDir.is_run(place):
+                return RunDir.open(place)
+    return None

@@ -1,0 +1,81 @@
+"""An export directory: written beside its place under another name, summed up, and moved there whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError, writing
+
+MANIFEST = "finetune_export.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USAGE_POLICY*")
+
+
+@contextmanager
+def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and is removed when it does not.
+
+    Raises:
+        FinetuneError: `out` exists and `force` is off, or it cannot be written.
+    """
+    out = out.absolute()
+    if out.exists() and not force:
+        raise FinetuneError(
+            "this exists already; choose another folder or use --force to replace it", at=str(out)
+        )
+    part, old = (out.with_name(f".{out.name}.{what}") for what in ("part", "old"))
+    with writing(out):
+        for leftover in (part, old):
+            _remove(leftover)
+        part.mkdir(parents=True)
+    try:
+        with writing(out):
+            yield part
+            if out.exists():
+                out.rename(old)
+            part.rename(out)
+            _remove(old)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+    """Copy the base's tokenizer and its terms, which whoever gets the export needs."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    for pattern in LICENCES:
+        for file in base.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write finetune_export.json: the facts, and the sha256 of every other file of the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest = {**facts, "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files}}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,112 @@
+"""The model card: what the adapter is, how it was made, what was measured, how to load it."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+if TYPE_CHECKING:
+    from finetune.export.peft_files import Adapter
+    from finetune.rundir import RunDir
+
+# The values that vLLM's --max-lora-rank takes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def model_card(adapter: Adapter, base: str, mark: str, run: RunDir | None) -> str:
+    """README.md with the metadata that the Hugging Face hub reads."""
+    title = run.recipe().name if run else "adapter"
+    shown = str(_without_folders(base))
+    parts = [_metadata(base), f"# {title}\n", _what(adapter, shown, mark)]
+    if run:
+        parts += [_data(run), _measured(run), _recipe(run)]
+    parts.append(_use(adapter, shown, title))
+    return "\n".join(part for part in parts if part)
+
+
+def _metadata(base: str) -> str:
+    # A path on this machine is no use to others, and the hub rejects what is not an id.
+    named = f"base_model: {base}\n" if _is_hub_id(base) else ""
+    return f"---\nlicense: apache-2.0\nlibrary_name: peft\n{named}tags: [lora, gpt-oss, finetune]\n---\n"
+
+
+def _is_hub_id(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+
+
+def _what(adapter: Adapter, base: str, mark: str) -> str:
+    config = adapter.config
+    names = sorted([*(config.get("target_modules") or []), *(config.get("target_parameters") or [])])
+    targets = ", ".join(f"`{name}`" for name in names)
+    kind = "rank-stabilised LoRA" if config.get("use_rslora") else "LoRA"
+    return (
+        f"A {kind} adapter for `{base}` (fingerprint `{mark}`), rank {adapter.rank}, "
+        f"alpha {config['lora_alpha']}, on {targets}.\n"
+    )
+
+
+def _data(run: RunDir) -> str:
+    data = run.info().get("data")
+    if not isinstance(data, dict):
+        return ""
+    facts = [f"{key} {data[key]}" for key in ("rows", "tokens") if key in data]
+    return f"Trained on data with the fingerprint `{data.get('fingerprint')}` ({', '.join(facts)}).\n"
+
+
+def _measured(run: RunDir) -> str:
+    file = run.eval_dir / "summary.json"
+    if not file.is_file():
+        return ""
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    lines = ["## Measured\n", "| | n | base | tuned |", "| --- | --- | --- | --- |"]
+    loss = summary["held_out_loss"]
+    if loss["base"] is not None:
+        lines.append(f"| held-out loss | | {loss['base']:.4f} | {loss['tuned']:.4f} |")
+    for name, task in summary["tasks"].items():
+        base, tuned = _score(task["base"]), _score(task["tuned"])
+        lines.append(f"| {name} ({task['metric']}) | {task['n']} | {base} | {tuned} |")
+    return "\n".join([*lines, "", "Scores with 95% intervals.\n"])
+
+
+def _score(score: dict[str, float] | None) -> str:
+    return f"{score['value']:.1%} ({score['low']:.1%} to {score['high']:.1%})" if score else "-"
+
+
+def _recipe(run: RunDir) -> str:
+    """The recipe with the folders of this machine left out of its paths."""
+    text = StringIO()
+    YAML(typ="rt", pure=True).dump(
+        _without_folders(run.recipe().model_dump(mode="json", exclude_defaults=True)), text
+    )
+    return f"## Recipe\n\n```yaml\n{text.getvalue()}```\n"
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths cut down to their last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _use(adapter: Adapter, base: str, title: str) -> str:
+    rank = next((rank for rank in VLLM_RANKS if rank >= adapter.rank), VLLM_RANKS[-1])
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, ".")
+```
+
+```
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {title}=.
+```
+"""
