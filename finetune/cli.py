@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -21,6 +21,16 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, a checkpoint directory, a hub id or nano.")
+]
+System = Annotated[str | None, typer.Option(help="Instructions put in front.")]
+Effort = Annotated[Literal["low", "medium", "high"] | None, typer.Option(help="How much the model thinks.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, thinking included.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total share.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed and prompts give the same answers.")]
 
 
 def main() -> None:
@@ -67,6 +77,32 @@ def check(
             output.fail(report.problem)
 
 
+@app.command()
+def data(
+    where: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file of conversations.")
+    ],
+    overrides: Overrides = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where tokenizer.json is; the base's unless given.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="Show so many rows: 3 unless given, or all as JSON.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show conversations as the model will see them, learned tokens marked, and what became of all rows."""
+    with command(as_json, debug) as output:
+        from finetune.data.show import data_lines, show_data
+
+        if as_json:
+            for line in data_lines(where, overrides or [], tokenizer=tokenizer, rows=rows):
+                output.json(line)
+        else:
+            show_data(where, overrides or [], tokenizer=tokenizer, rows=rows)
+
+
 class TrainCommand(TyperCommand):
     """What comes after `--` is accelerate's, and is kept apart from the overrides."""
 
@@ -102,9 +138,116 @@ def train(
         become(words)
 
 
+@app.command("eval")
+def evaluate(
+    where: ModelName,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Take the tasks of this recipe's eval section, as for a model without a run."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each task.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure base against tuned: held-out loss, and every task of the recipe."""
+    with command(as_json, debug) as output:
+        from rich.console import Console
+
+        from finetune.evaluate.compare import evaluate as measure
+        from finetune.recipe import load_recipe
+
+        spec = load_recipe(recipe, overrides or ()).eval if recipe else None
+        summary = measure(where, overrides=() if recipe else overrides or (), spec=spec, limit=limit)
+        if as_json:
+            output.json(summary.to_dict())
+        else:
+            Console().print(summary.table())
+
+
+@app.command()
+def generate(
+    where: ModelName,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Questions to answer.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Rows in any shape of data, or .txt: a prompt a line.")
+    ] = None,
+    system: System = None,
+    effort: Effort = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
+    base: Annotated[bool, typer.Option("--base", help="Leave the run's adapter out.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts in batches: arguments, a file, or standard input. --json prints one object a line."""
+    with command(as_json, debug) as output:
+        from finetune.evaluate.prompts import Setting
+        from finetune.evaluate.talk import Sampling, generate_command
+
+        generate_command(
+            where,
+            prompts or (),
+            file=file,
+            setting=Setting(system, effort),
+            sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+            batch_size=batch_size,
+            base=base,
+            emit=output.json if as_json else None,
+        )
+
+
+@app.command()
+def chat(
+    where: ModelName,
+    system: System = None,
+    effort: Effort = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model; its reasoning is shown apart."""
+    with command(False, debug):
+        from finetune.evaluate.prompts import Setting
+        from finetune.evaluate.talk import Sampling, chat_command
+
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        chat_command(where, setting=Setting(system, effort), sampling=sampling)
+
+
+@app.command()
+def export(
+    where: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter directory.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="adapter: PEFT's own layout.")] = "adapter",
+    base: Annotated[
+        str | None, typer.Option(help="The base of a bare adapter: a directory, a hub id or nano.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what was trained for other tools to load."""
+    with command(as_json, debug) as output:
+        from finetune.export import export as write
+
+        facts = write(where, to, out, base=base, force=force)
+        if as_json:
+            output.json(facts)
+        else:
+            typer.echo(f"wrote {out} ({to}); what was checked is in {out / 'finetune_export.json'}")
+
+
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the runs are.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

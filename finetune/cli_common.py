@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +17,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when so
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in train.max_steps=100."),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in train.max_steps=100."),
 ]
 
 
@@ -27,7 +29,7 @@ def command(as_json: bool, debug: bool) -> Iterator[Output]:
     """
     output = Output(as_json)
     try:
-        with redirect_stdout(typer.get_text_stream("stderr")) if as_json else _as_is():
+        with redirect_stdout(sys.stderr) if as_json else _as_is():
             yield output
     except (typer.Exit, typer.Abort):
         raise
@@ -35,6 +37,10 @@ def command(as_json: bool, debug: bool) -> Iterator[Output]:
         if debug:
             raise
         output.fail(str(error))
+    except BrokenPipeError:
+        # Whoever read standard output has seen enough, as in `| head`; Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         output.fail("stopped")
     except Exception as error:
@@ -49,7 +55,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self._stdout: IO[str] = typer.get_text_stream("stdout")
+        self._stdout = sys.stdout
 
     def json(self, value: Any) -> None:
         """One line of JSON."""

@@ -1,0 +1,198 @@
+"""The command line: what it prints, where it prints it, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune import cli_launch
+from finetune.cli import app
+from finetune.recipe import load_recipe
+from finetune.rundir import RunDir
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)  # type: ignore[union-attr]
+SMALL = "name: small\nmodel: {base: nano}\ndata: {train: [{path: rows.jsonl}]}\n"
+ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+runner = CliRunner()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SMALL)
+    return file
+
+
+def test_help_of_every_command_is_quick_and_imports_nothing_heavy() -> None:
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from finetune.cli import app
+for name in {COMMANDS!r}:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output, name
+heavy = {{"torch", "transformers", "datasets", "trl", "peft", "accelerate", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    took = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    # The help of all commands together keeps the promise made for each, even on a busy machine.
+    assert took < 3
+
+
+def test_every_command_can_show_a_traceback_and_all_but_chat_speak_json() -> None:
+    for name in COMMANDS:
+        help_text = runner.invoke(app, [name, "--help"]).output
+        assert "--debug" in help_text
+        assert ("--json" in help_text) == (name != "chat")
+
+
+def test_a_starter_recipe_can_be_checked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = runner.invoke(app, ["new", "my-first"])
+    assert made.exit_code == 0
+    assert "next: finetune check my-first/recipe.yaml" in made.output
+    assert load_recipe("my-first/recipe.yaml").name == "my-first"
+    again = runner.invoke(app, ["new", "my-first"])
+    assert again.exit_code == 1
+    assert again.stderr == "my-first: this is there already; choose another name\n"
+    assert runner.invoke(app, ["new", "no spaces"]).exit_code == 1
+    assert "my-first" in runner.invoke(app, ["check", "my-first/recipe.yaml"]).output
+
+
+def test_a_mistake_is_one_sentence_and_exit_status_1(recipe: Path) -> None:
+    result = runner.invoke(app, ["check", str(recipe), "lora.rnak=3"])
+    expected = "override lora.rnak=3: lora.rnak: there is no such setting; did you mean 'rank'?\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", expected)
+
+
+def test_a_mistake_is_also_told_as_json_alone_on_standard_output(recipe: Path) -> None:
+    result = runner.invoke(app, ["check", "nowhere.yaml", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"error": "nowhere.yaml: there is no such recipe file"}
+
+
+def test_debug_shows_the_traceback_of_a_mistake(recipe: Path) -> None:
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "check", "nowhere.yaml"]
+    quiet, loud = (
+        subprocess.run(words, capture_output=True, text=True) for words in (command, [*command, "--debug"])
+    )
+    assert quiet.returncode == loud.returncode == 1
+    assert "Traceback" not in quiet.stderr and "Traceback" in loud.stderr
+
+
+def test_what_nobody_foresaw_is_a_sentence_too(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the disk\nis on fire")
+
+    monkeypatch.setattr("finetune.recipe.load_recipe", broken)
+    result = runner.invoke(app, ["check", str(recipe)])
+    assert result.exit_code == 1
+    assert result.stderr == "unexpected RuntimeError: the disk; run again with --debug to see where\n"
+
+
+def test_wrong_usage_is_exit_status_2() -> None:
+    for words in (
+        ["nonsense"],
+        ["check"],
+        ["new"],
+        ["doctor", "--colour"],
+        ["generate", "x", "--effort", "huge"],
+    ):
+        assert runner.invoke(app, words).exit_code == 2
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What `finetune train` would become; the handler of Ctrl-C is put back."""
+    words: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("os.execv", lambda program, arguments: words.extend(arguments))
+    yield words
+    signal.signal(signal.SIGINT, before)
+
+
+def test_train_prints_the_command_it_becomes(recipe: Path, launched: list[str]) -> None:
+    result = runner.invoke(app, ["train", "recipe.yaml", "train.max_steps=3", "data.held_out=0"])
+    assert result.exit_code == 0
+    config = Path(cli_launch.__file__).parent.parent / "configs" / "single.yaml"
+    training = ["-m", "finetune.train", "recipe.yaml", "train.max_steps=3", "data.held_out=0"]
+    assert result.stdout.split() == ["accelerate", "launch", "--config_file", str(config), *training]
+    assert launched[:3] == [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    assert launched[3:] == result.stdout.split()[1:]
+
+
+def test_what_follows_two_dashes_goes_to_accelerate(recipe: Path, launched: list[str]) -> None:
+    words = ["train", "recipe.yaml", "lora.rank=2", "--", "--config_file", "my.yaml", "--num_processes", "4"]
+    result = runner.invoke(app, words)
+    assert result.stdout.split() == [
+        *["accelerate", "launch", "--config_file", "my.yaml", "--num_processes", "4"],
+        *["-m", "finetune.train", "recipe.yaml", "lora.rank=2"],
+    ]
+
+
+def test_ctrl_c_is_left_to_the_training_process(recipe: Path, launched: list[str]) -> None:
+    runner.invoke(app, ["train", "recipe.yaml"])
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_train_passes_json_and_debug_on_and_keeps_standard_output_free(
+    recipe: Path, launched: list[str]
+) -> None:
+    result = runner.invoke(app, ["train", "recipe.yaml", "--json", "--debug"])
+    assert result.stdout == "" and launched[-2:] == ["--json", "--debug"]
+    assert "accelerate launch" in result.stderr
+
+
+@pytest.mark.parametrize("mistake", ["train.max_steps=soon", "data.train=[{path: missing.jsonl}]"])
+def test_train_says_a_mistake_before_anything_is_launched(
+    recipe: Path, launched: list[str], mistake: str
+) -> None:
+    result = runner.invoke(app, ["train", "recipe.yaml", mistake])
+    assert (result.exit_code, result.stdout, launched) == (1, "", [])
+    assert result.stderr.startswith(f"override {mistake}: ")
+
+
+def test_train_goes_on_with_a_run(recipe: Path, launched: list[str], tmp_path: Path) -> None:
+    run = RunDir.create(load_recipe(recipe), tmp_path / "runs")
+    assert runner.invoke(app, ["train", "runs/latest"]).exit_code == 0
+    assert launched[-1] == "runs/latest"
+    (run.path / "recipe.yaml").write_text("name: 3\n")
+    assert runner.invoke(app, ["train", "runs/latest"]).stderr.startswith("runs/latest/recipe.yaml:1: name: ")
+
+
+def test_runs_are_listed_with_their_latest_figures(recipe: Path, tmp_path: Path) -> None:
+    assert "no runs in runs yet" in runner.invoke(app, ["runs"]).output
+    run = RunDir.create(load_recipe(recipe))
+    run.metrics.write_text('{"step": 7, "loss": 1.25}\n')
+    shown = runner.invoke(app, ["runs"]).output
+    assert run.path.name in shown and "1.2500" in shown
+    (listed,) = json.loads(runner.invoke(app, ["runs", "--json"]).stdout)
+    assert (listed["status"], listed["latest"]["step"]) == ("created", 7)
+
+
+def test_doctor_names_every_package_and_finds_nothing_missing_here() -> None:
+    found = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)
+    assert {"torch", "transformers", "peft", "trl"} <= {package["name"] for package in found["packages"]}
+    assert found["problems"] == []
+    assert "all is well" in runner.invoke(app, ["doctor"]).output
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.cli_doctor.requires", lambda _: ["no-such-package>=3", "typer<0.1"])
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "no-such-package is missing: pip install 'no-such-package>=3'" in result.output
+    assert "outside the tested range <0.1" in result.output
