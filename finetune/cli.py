@@ -93,7 +93,7 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Show conversations as the model will see them, learned tokens marked, and what became of all rows."""
-    with command(as_json, debug) as output:
+    with command(as_json, debug, libraries=True) as output:
         from finetune.data.show import data_lines, show_data
 
         if as_json:
@@ -151,7 +151,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure base against tuned: held-out loss, and every task of the recipe."""
-    with command(as_json, debug) as output:
+    with command(as_json, debug, libraries=True) as output:
         from rich.console import Console
 
         from finetune.evaluate.compare import evaluate as measure
@@ -186,7 +186,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer prompts in batches: arguments, a file, or standard input. --json prints one object a line."""
-    with command(as_json, debug) as output:
+    with command(as_json, debug, libraries=True) as output:
         from finetune.evaluate.prompts import Setting
         from finetune.evaluate.talk import Sampling, generate_command
 
@@ -214,7 +214,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to a model; its reasoning is shown apart."""
-    with command(False, debug):
+    with command(False, debug, libraries=True):
         from finetune.evaluate.prompts import Setting
         from finetune.evaluate.talk import Sampling, chat_command
 
@@ -235,7 +235,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write what was trained for other tools to load."""
-    with command(as_json, debug) as output:
+    with command(as_json, debug, libraries=True) as output:
         from finetune.export import export as write
 
         facts = write(where, to, out, base=base, force=force)

@@ -22,12 +22,17 @@ Overrides = Annotated[
 
 
 @contextmanager
-def command(as_json: bool, debug: bool) -> Iterator[Output]:
+def command(as_json: bool, debug: bool, *, libraries: bool = False) -> Iterator[Output]:
     """Run the body of a command: what goes wrong becomes one sentence and exit status 1.
 
+    `libraries`: the command uses torch and its neighbours, whose notices are kept off the screen.
     With --json, what a library prints goes to standard error, and a failure is also told as `{"error": ...}`.
     """
     output = Output(as_json)
+    if libraries and not debug:
+        from finetune.train.surroundings import quieten
+
+        quieten()
     try:
         with redirect_stdout(sys.stderr) if as_json else _as_is():
             yield output

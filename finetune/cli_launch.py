@@ -19,7 +19,9 @@ def launch_command(
     where: str, overrides: Sequence[str], launcher: Sequence[str], flags: Sequence[str]
 ) -> list[str]:
     """The command line; `launcher` are the user's own arguments for accelerate, which replace ours."""
-    arguments = list(launcher) or _one_process()
+    # Without it, accelerate adds a traceback of its own to the sentence that training ended with.
+    quiet = [] if "--debug" in flags else ["--quiet"]
+    arguments = [*quiet, *(launcher or _one_process())]
     return ["accelerate", "launch", *arguments, "-m", "finetune.train", where, *overrides, *flags]
 
 

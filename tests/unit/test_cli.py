@@ -129,7 +129,14 @@ def test_train_prints_the_command_it_becomes(recipe: Path, launched: list[str]) 
     assert result.exit_code == 0
     config = Path(cli_launch.__file__).parent.parent / "configs" / "single.yaml"
     training = ["-m", "finetune.train", "recipe.yaml", "train.max_steps=3", "data.held_out=0"]
-    assert result.stdout.split() == ["accelerate", "launch", "--config_file", str(config), *training]
+    assert result.stdout.split() == [
+        "accelerate",
+        "launch",
+        "--quiet",
+        "--config_file",
+        str(config),
+        *training,
+    ]
     assert launched[:3] == [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
     assert launched[3:] == result.stdout.split()[1:]
 
@@ -137,8 +144,9 @@ def test_train_prints_the_command_it_becomes(recipe: Path, launched: list[str]) 
 def test_what_follows_two_dashes_goes_to_accelerate(recipe: Path, launched: list[str]) -> None:
     words = ["train", "recipe.yaml", "lora.rank=2", "--", "--config_file", "my.yaml", "--num_processes", "4"]
     result = runner.invoke(app, words)
+    assert result.exit_code == 0
     assert result.stdout.split() == [
-        *["accelerate", "launch", "--config_file", "my.yaml", "--num_processes", "4"],
+        *["accelerate", "launch", "--quiet", "--config_file", "my.yaml", "--num_processes", "4"],
         *["-m", "finetune.train", "recipe.yaml", "lora.rank=2"],
     ]
 
