@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row as read. `line` is the line of the file where it starts, or its number in a file without lines.
 
@@ -114,10 +114,11 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
+    name = shown(file)
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _parsed(line, shown(file), number)
+            if not line.isspace():
+                yield _parsed(line, name, number)
 
 
 def _parsed(line: bytes, file: str, number: int) -> Row:
