@@ -62,7 +62,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(stderr=options.json, highlight=False, soft_wrap=True)
-    run = _run_directory(options, recipe, state)
+    run = _run_directory(options.recipe, recipe, state)
     set_up_wandb(recipe, run.path)
 
     from finetune.train.session import fit
@@ -70,10 +70,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     with _status_kept(run, state):
         if state.is_main_process:
             console.print(f"run directory: {run.path}")
+        if going_on and run.info()["status"] == "done" and not options.overrides:
+            console.print("this run is done: `finetune eval` measures it again, overrides train it further")
+            return {"run": str(run.path), "status": "done"}
+        if state.is_main_process:
+            _note(run, options, recipe, state, going_on)
         if options.overrides or not run.adapter.is_dir():
             outcome = fit(recipe, run, state, console)
             if outcome.stopped:
                 return _stopped(run, state, f"stopped after step {outcome.step} of {outcome.steps}")
+        # What follows takes one process; the others leave.
+        state.destroy_process_group()
         if state.is_main_process:
             from finetune.pipeline import after_training
 
@@ -94,25 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_directory(options: argparse.Namespace, recipe: Recipe, state: Any) -> RunDir:
+def _run_directory(where: str, recipe: Recipe, state: Any) -> RunDir:
     """A new run, or the one to go on with; the first process makes it and tells the others where."""
     from accelerate.utils import broadcast_object_list
 
-    from finetune.train.record import provenance
-
     path: list[str | None] = [None]
     if state.is_main_process:
-        going_on = RunDir.is_run(options.recipe)
-        run = RunDir.open(options.recipe) if going_on else RunDir.create(recipe)
-        about = provenance([options.recipe, *options.overrides], state.num_processes)
-        if not going_on:
-            run.update(**about)
-        else:
-            run.update(went_on=[*run.info().get("went_on", []), about])
-            (run.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        run = RunDir.open(where) if RunDir.is_run(where) else RunDir.create(recipe)
         path = [str(run.path)]
     broadcast_object_list(path)
     return RunDir.open(str(path[0]))
+
+
+def _note(run: RunDir, options: argparse.Namespace, recipe: Recipe, state: Any, going_on: bool) -> None:
+    """Write to run.json how this session came about, and to recipe.yaml what overrides changed."""
+    from finetune.train.record import provenance
+
+    about = provenance([options.recipe, *options.overrides], state.num_processes)
+    if not going_on:
+        run.update(**about)
+        return
+    run.update(error=None, went_on=[*run.info().get("went_on", []), about])
+    if options.overrides:
+        (run.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def _stopped(run: RunDir, state: Any, what: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """Trains `model`, a PeftModel, on `packs`.
 
     What differs from SFTTrainer: the data come packed, the loss of a step is the mean over all learned tokens
-    of all its passes and processes, held-out loss likewise over all held-out tokens, checkpoints are written by
+    of all its passes and processes, held-out loss likewise over all held-out tokens, checkpoints are those of
     `finetune.train.checkpoint`, and nothing is reported to anyone.
     """
 
@@ -113,6 +113,13 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         )
         self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer or self.optimizer, factor), True
         return self.lr_scheduler
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Going on from the last step's checkpoint, transformers would take one more step before it stops."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**arguments)
 
     # Held-out loss.
 
