@@ -58,11 +58,14 @@ def evaluate(
         raise FinetuneError(
             "this is not a run, so there are no held-out rows: name a task to measure it on", at=str(where)
         )
+    notes: list[str] = []
     # Rows first: a bad task is found before minutes go into loading weights.
-    questions = {task.name: read_questions(task, recipe, limit) for task in spec.tasks}
+    questions = {task.name: read_questions(task, recipe, limit, notes.append) for task in spec.tasks}
     packs = _held_out(recipe, load_encoder(where), run.path) if recipe and run else None
     subject = subject or load_subject(where)
     with _progress(console) as progress:
+        for note in notes:
+            progress.console.print(note, markup=False)
         losses = _losses(subject, packs, progress) if packs is not None else {}
         answers = {
             task.name: _answers(subject, task, questions[task.name], spec, progress) for task in spec.tasks
@@ -70,7 +73,8 @@ def evaluate(
     results = {task.name: _result(task, answers[task.name]) for task in spec.tasks}
     summary = Summary(losses.get("base"), losses.get("tuned"), results)
     if run:
-        folder = run.eval_dir if Path(where).resolve() == run.path else Path(where) / "eval"
+        inside = Path(where).resolve().parent
+        folder = Path(where) / "eval" if inside.name == "checkpoints" else run.eval_dir
         _write(folder, summary, questions, answers)
     return summary
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from finetune.errors import FinetuneError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -53,27 +55,33 @@ def load_subject(where: str | Path) -> Subject:
     A run computes in the dtype that its recipe says.
 
     Raises:
-        FinetuneError: nothing is there, or the adapter belongs to another base.
+        FinetuneError: nothing is there, a run has no adapter yet, or the adapter belongs to another base.
     """
     import torch
     from peft import PeftModel
 
-    from finetune.model import load_model
+    from finetune.model import load_model, resolve
 
     run = find_run(where)
+    if run and resolve(where).adapter is None:
+        raise FinetuneError(
+            f"this run has no adapter yet; finetune train {where} goes on with it", at=str(where)
+        )
     dtype = torch.float32 if run and run.recipe().model.dense == "float32" else None
     model, _ = load_model(where, dtype=dtype)
     return Subject(model, load_encoder(where), isinstance(model, PeftModel))
 
 
 def find_run(where: str | Path) -> RunDir | None:
-    """The run that `where` names: itself, or the one that this checkpoint or adapter lies in."""
+    """The run that `where` names: itself, or the one whose adapter or checkpoint this is."""
     from finetune.rundir import RunDir
 
     path = Path(where)
-    if path.is_dir():
-        path = path.resolve()
-        for place in (path, path.parent, path.parent.parent):
-            if RunDir.is_run(place):
-                return RunDir.open(place)
-    return None
+    if not path.is_dir():
+        return None
+    path = path.resolve()
+    if path.name == "adapter":
+        path = path.parent
+    elif path.parent.name == "checkpoints":
+        path = path.parent.parent
+    return RunDir.open(path) if RunDir.is_run(path) else None

@@ -52,12 +52,13 @@ def generate_command(
     Raises:
         FinetuneError: no prompt, or a model that does not load.
     """
-    from finetune.evaluate.generation import generate
-    from finetune.evaluate.subject import load_subject
-
     if not prompts and file is None and not sys.stdin.isatty():
         prompts = [text] if (text := sys.stdin.read().strip()) else []
     asked = read_prompts(prompts, file, setting or Setting())
+    # Only now: the libraries behind these take seconds to import.
+    from finetune.evaluate.generation import generate
+    from finetune.evaluate.subject import load_subject
+
     subject = load_subject(where)
     ids = [subject.encoder.prompt_ids(conversation) for conversation in asked]
     with subject.acting_as("base" if base else "tuned") as model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, assert_never
 
@@ -32,8 +32,13 @@ class Question:
         return asked[-1] if asked else ""
 
 
-def read_questions(task: Task, recipe: Recipe | None, limit: int | None = None) -> list[Question]:
-    """The questions of a task, at most `limit`; rows without an answer of the task's kind are left out.
+def read_questions(
+    task: Task,
+    recipe: Recipe | None,
+    limit: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> list[Question]:
+    """The questions of a task, at most `limit`; `tell` hears of rows left out for want of an answer.
 
     `recipe` says how rows become conversations and which rows were held out; None takes the defaults.
 
@@ -55,6 +60,9 @@ def read_questions(task: Task, recipe: Recipe | None, limit: int | None = None) 
             f"task {task.name!r} has no question: none of its {len(questions)} rows ends in an answer",
             at=None if task.path == "held_out" else task.path,
         )
+    if tell and len(answered) < len(questions):
+        unasked = len(questions) - len(answered)
+        tell(f"{task.name}: {unasked} of {len(questions)} rows end in no answer and are not asked")
     return answered[:limit]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from finetune.errors import FinetuneError
 from finetune.export.bundle import copy_companions, new_directory, write_manifest
@@ -61,7 +62,11 @@ def export_adapter(
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(adapter.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if adapter is trained:
+            shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
+        else:
+            # Written by Python, not by safetensors: a full disk is then an OSError, which gets its sentence.
+            (folder / WEIGHTS).write_bytes(save(adapter.tensors, metadata={"format": "pt"}))
         record = {"where": base.name, "fingerprint": mark}
         (folder / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         copy_companions(base.path, folder)

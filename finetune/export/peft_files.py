@@ -122,9 +122,7 @@ class Adapter:
 
     @property
     def learns_experts(self) -> bool:
-        return bool(self.config.get("target_parameters")) and any(
-            ".mlp.experts" in key for key in self.tensors
-        )
+        return any(".mlp.experts." in key for key in self.tensors)
 
 
 def check(adapter: Adapter, sizes: Sizes, at: Path) -> None:
@@ -155,9 +153,22 @@ def check(adapter: Adapter, sizes: Sizes, at: Path) -> None:
         _check_shape(key, place, match["half"], tensor, adapter, sizes, at)
         if not tensor.isfinite().all():
             raise FinetuneError(f"{key} holds values that are not finite", at=str(at))
+    _check_whole(adapter, halves, sizes.layers, at)
+
+
+def _check_whole(adapter: Adapter, halves: dict[tuple[int, str], set[str]], layers: int, at: Path) -> None:
+    """Both factors everywhere, in every layer; expert tensors exactly when the configuration names them."""
     for (layer, place), found in halves.items():
         if found != {"A", "B"}:
             raise FinetuneError(f"layer {layer} has only lora_{found.pop()} of {place}", at=str(at))
+    for place in sorted({place for _, place in halves}):
+        missing = [layer for layer in range(layers) if (layer, place) not in halves]
+        if missing and adapter.config.get("layers_to_transform") is None:
+            raise FinetuneError(f"layer {missing[0]} has no LoRA of {place}, and others have", at=str(at))
+    named = any(name.endswith(("gate_up_proj", "down_proj")) for name in _targets(adapter))
+    if named != adapter.learns_experts:
+        what = "names expert parameters and holds none" if named else "holds expert parameters and names none"
+        raise FinetuneError(f"this adapter {what}", at=str(at))
 
 
 def _check_shape(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,30 @@ def test_a_bad_task_is_found_before_weights_are_loaded(run: RunDir, monkeypatch:
     monkeypatch.setattr(compare, "load_subject", lambda where: pytest.fail("weights were loaded"))
     with pytest.raises(FinetuneError, match="no such"):
         evaluate(run.path, spec=EvalSpec(tasks=[Task(name="t", path="missing.jsonl")]), console=quiet())
+
+
+def test_rows_without_an_answer_are_told_of(run: RunDir, tmp_path: Path) -> None:
+    rows = [{"question": "1?", "answer": "1"}, {"messages": [{"role": "user", "content": "2?"}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = quiet()
+    spec = EvalSpec(tasks=[Task(name="t", path=str(tmp_path / "rows.jsonl"))], max_new_tokens=1)
+    assert evaluate(run.recipe().model.base, spec=spec, console=console).tasks["t"].n == 1
+    assert "t: 1 of 2 rows end in no answer" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_checkpoint_of_a_run_is_measured_beside_itself(run: RunDir) -> None:
+    checkpoint = run.path / "checkpoints" / "step-000002"
+    shutil.copytree(run.adapter, checkpoint)
+    summary = evaluate(checkpoint, limit=1, console=quiet())
+    assert json.loads((checkpoint / "eval" / "summary.json").read_text()) == summary.to_dict()
+    assert summary.tuned_loss is not None
+
+
+def test_an_unfinished_run_is_not_taken_for_its_base(run: RunDir, tmp_path: Path) -> None:
+    unfinished = RunDir.create(run.recipe(), tmp_path / "runs")
+    unfinished.update(base=run.info()["base"])
+    with pytest.raises(FinetuneError, match=r"no adapter yet; finetune train .* goes on"):
+        load_subject(unfinished.path)
 
 
 def test_the_table_shows_losses_scores_and_intervals() -> None:

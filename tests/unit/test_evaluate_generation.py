@@ -48,12 +48,13 @@ def test_greedy_answers_equal_the_argmax_without_a_cache(model: Any, encoder: Ha
         ids.append(token)
 
 
-def test_an_answer_ends_with_its_stop_token(model: Any, encoder: HarmonyEncoder) -> None:
+def test_an_answer_ends_with_its_stop_token(
+    model: Any, encoder: HarmonyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = generate(model, encoder, PROMPTS, max_new_tokens=12)
     fourth = free[1][3]
-    stopping = HarmonyEncoder(encoder.tokenizer)
-    stopping.stop_ids = (encoder.return_id, encoder.call_id, fourth)
-    stopped = generate(model, stopping, PROMPTS, max_new_tokens=12)
+    monkeypatch.setattr(encoder, "stop_ids", (*encoder.stop_ids, fourth))
+    stopped = generate(model, encoder, PROMPTS, max_new_tokens=12)
     expected = [answer[: answer.index(fourth) + 1] if fourth in answer else answer for answer in free]
     assert stopped == expected
     assert len(stopped[1]) <= 4

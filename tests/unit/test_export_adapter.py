@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -164,9 +165,30 @@ def test_a_damaged_adapter_is_refused_with_the_tensor_named(adapter: Path, tmp_p
     change_weights(adapter, lambda key, t: t.fill_(float("nan")) if first in key else t)
     with pytest.raises(FinetuneError, match=rf"{first}.* not finite"):
         export(adapter, "adapter", tmp_path / "out")
-    change_weights(adapter, lambda key, t: None if first in key else t)
+    change_weights(adapter, lambda key, t: None if first in key else torch.zeros_like(t))
     with pytest.raises(FinetuneError, match=r"only lora_B of self_attn\.q_proj"):
         export(adapter, "adapter", tmp_path / "out")
+
+
+def test_an_adapter_that_lacks_a_layer_or_its_experts_is_refused(adapter: Path, tmp_path: Path) -> None:
+    change_weights(adapter, lambda key, t: None if "layers.1.mlp" in key else t)
+    with pytest.raises(FinetuneError, match=r"layer 1 has no LoRA of mlp\.experts"):
+        export(adapter, "adapter", tmp_path / "out")
+    change_weights(adapter, lambda key, t: None if ".mlp." in key else t)
+    with pytest.raises(FinetuneError, match="names expert parameters and holds none"):
+        export(adapter, "adapter", tmp_path / "out")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(FinetuneError, match="no space is left"):
+        export(trained, "adapter", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter: Path, tmp_path: Path) -> None:
