@@ -251,7 +251,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(_without_nulls(value), f"{name}: row {number}", number)
+                yield Row(_columns(value), f"{name}: row {number}", number)
     except pyarrow.ArrowException as error:
         raise FinetuneError(f"this file is not parquet: {error}", at=name) from None
 
@@ -261,7 +261,7 @@ def _hub_rows(source: Source, streaming: bool) -> Iterator[Row]:
     rows = load_hub(source, streaming)
     try:
         for number, value in enumerate(rows, 1):
-            yield Row(_without_nulls(value), f"{name}: row {number}", number)
+            yield Row(_columns(value), f"{name}: row {number}", number)
     except Exception as error:  # as in `load_hub`: a streamed data set is fetched while it is read
         raise _hub_error(source, error) from error
     if not number:
@@ -296,6 +296,11 @@ def hub_identity(source: Source) -> dict[str, Any]:
 def _hub_error(source: Source, error: Exception) -> FinetuneError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return FinetuneError(f"this data set cannot be loaded: {reason}", at=source.hub)
+
+
+def _columns(value: dict[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file: its columns stay, null or not, so that a mapped one can be told from none."""
+    return {key: _without_nulls(item) for key, item in value.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -7,7 +7,8 @@ alpaca              instruction, input, output; history: [[question, answer], ..
 question_answer     question, answer; thinking
 
 All may also have tools, system, reasoning_effort and current_date. `columns` maps these names to those of the
-data: `{question: problem, thinking: solution, answer: answer}`; other keys of a row are not read.
+data: `{question: problem, thinking: solution, answer: answer}`. Every row must have the columns that are
+mapped, but they may be null where the shape does not need them; other keys of a row are not read.
 
 Two conventions of public data are read as what they mean. `<think>...</think>` at the start of an answer (in
 all shapes but messages, which has `thinking` for it) is thinking. In question_answer without a thinking
@@ -98,16 +99,17 @@ def detect_shape(value: Mapping[str, Any]) -> str:
     Raises:
         FinetuneError: none fits.
     """
-    if {"chosen", "rejected"} <= value.keys():
+    given = {key for key, item in value.items() if item is not None}
+    if {"chosen", "rejected"} <= given:
         raise FinetuneError(
             "this row compares a chosen with a rejected answer, and sft learns from one; "
             "to learn the chosen one, map columns to it (columns: {completion: chosen})"
         )
-    if "messages" in value or "conversations" in value:
+    if given & {"messages", "conversations"}:
         first = _list(value)[:1]
         return "sharegpt" if first and isinstance(first[0], Mapping) and "from" in first[0] else "messages"
     for shape, keys in _KEYS.items():
-        if keys <= value.keys():
+        if keys <= given:
             return shape
     shapes = ", ".join(f"{shape} ({' and '.join(sorted(keys))})" for shape, keys in _KEYS.items())
     raise FinetuneError(
@@ -118,6 +120,8 @@ def detect_shape(value: Mapping[str, Any]) -> str:
 
 def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     for ours, theirs in columns.items():
+        if ours not in _NAMES:
+            raise FinetuneError(f"columns: we have no name {ours!r}; known are {', '.join(_NAMES)}")
         if theirs not in value:
             raise FinetuneError(f"there is no column {theirs!r} for {ours}; this row has {_names(value)}")
     mapped = set(columns.values())
@@ -218,7 +222,7 @@ def _with_system(messages: list[Any], system: str) -> list[Any]:
 
 
 def _list(value: Mapping[str, Any]) -> list[Any]:
-    key = "messages" if "messages" in value else "conversations"
+    key = "conversations" if value.get("messages") is None and "conversations" in value else "messages"
     return _parsed_list(_required(value, key), key)
 
 
@@ -236,6 +240,8 @@ def _parsed_list(value: Any, key: str) -> list[Any]:
 
 def _required(value: Mapping[str, Any], key: str) -> Any:
     if value.get(key) is None:
+        if key in value:
+            raise FinetuneError(f"{key} is null in this row")
         raise FinetuneError(f"this row has no {key}; it has {_names(value)}")
     return value[key]
 
@@ -258,6 +264,10 @@ _KEYS = {
     "alpaca": {"instruction", "output"},
     "question_answer": {"question", "answer"},
 }
+_NAMES = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history"),
+    *("question", "answer", "thinking", "system", *_SETTINGS),
+)
 _MESSAGES: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,

@@ -84,7 +84,7 @@ def test_a_csv_field_may_be_as_long_as_a_long_conversation(tmp_path: Path) -> No
     assert len(rows_of(file)[0].value["text"]) == 1_000_000
 
 
-def test_parquet_leaves_out_the_keys_that_a_row_does_not_have(tmp_path: Path) -> None:
+def test_parquet_leaves_out_the_inner_keys_that_a_row_does_not_have(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -126,7 +126,7 @@ def test_a_hub_data_set_is_read_through_datasets(
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"question": "a", "extra": 1}\n{"question": "b"}\n')
     rows = list(read_rows(Source(hub=str(folder)), streaming=streaming))
-    assert [row.value for row in rows] == [{"question": "a", "extra": 1}, {"question": "b"}]
+    assert [row.value for row in rows] == [{"question": "a", "extra": 1}, {"question": "b", "extra": None}]
     assert rows[1].at == f"{folder} (train): row 2"
 
 

@@ -118,6 +118,11 @@ def test_a_mapped_column_hides_one_that_already_has_our_name() -> None:
     assert messages(value, columns={"question": "query"}) == ASKED
 
 
+def test_a_mapped_column_may_be_null_where_the_shape_does_not_need_it() -> None:
+    columns = {"question": "problem", "thinking": "solution"}
+    assert messages({"problem": "q", "solution": None, "answer": "a"}, columns=columns) == ASKED
+
+
 def test_the_answer_behind_the_mark_of_gsm8k_is_final_and_the_text_before_it_thinking() -> None:
     assert messages({"question": "q", "answer": "3 + 4\n= 7\n#### -1,007"}) == (
         Message("user", "q"),
@@ -182,6 +187,8 @@ def test_effort_and_date_of_the_recipe_stand_in_where_the_row_has_none() -> None
         ({"question": ["q"], "answer": "a"}, {}, "question must be text"),
         ({"messages": "hello"}, {}, "messages must be a list or the JSON text of one"),
         ({"messages": {}}, {}, "messages must be a list"),
+        ({"messages": None}, {"shape": "messages"}, "messages is null in this row"),
+        ({"q": 1}, {"columns": {"qestion": "q"}}, "columns: we have no name 'qestion'; known are messages, "),
         ({"messages": []}, {}, "the row has no messages"),
         ({"conversations": [{"from": "human"}]}, {}, "turn 1 must be an object with from and value"),
         (
