@@ -18,8 +18,9 @@ _LATE = {
 }  # fmt: skip
 
 __all__ = [
-    "CheckpointInfo", "CoverageCheck", "Place", "add_lora", "fingerprint", "hash_frozen", "inspect_checkpoint",
-    "load_adapter", "load_base", "load_model", "load_tokenizer", "resolve", "save_adapter",
+    "CheckpointInfo", "CoverageCheck", "Place", "add_lora", "fingerprint", "hash_frozen",
+    "inspect_checkpoint", "load_adapter", "load_base", "load_model", "load_tokenizer", "resolve",
+    "save_adapter",
 ]  # fmt: skip
 
 

@@ -1,16 +1,18 @@
-"""Attention with sinks over packed documents, in blocks of queries: no L x L matrix, no token sees another document.
+"""Attention with sinks over packed documents, in blocks of queries; no token sees another document.
 
-Each head has a learned sink s: an extra logit in the softmax that attends to nothing. For a query i of document d,
+Each head has a learned sink s: an extra logit in the softmax that attends to nothing. For a query i
+of document d,
 
     p_ij = exp(q_i . k_j * scale - lse_i),   lse_i = log(exp(s) + sum_j exp(q_i . k_j * scale))
 
-over the keys j of d with i - window < j <= i (Xiao et al. 2023, "Efficient Streaming Language Models with Attention
-Sinks"; openai/gpt-oss `torch/model.py`). Forward keeps the output and lse in float32, backward recomputes p block by
-block (Dao et al. 2022, "FlashAttention", algorithm 4). A block of queries meets only the keys from the start of its
-first document, or of its window, so a windowed layer costs O(L * window) and many short documents cost their own
-squares.
+over the keys j of d with i - window < j <= i (Xiao et al. 2023, "Efficient Streaming Language Models with
+Attention Sinks"; openai/gpt-oss `torch/model.py`). Forward keeps the output and lse in float32, backward
+recomputes p block by block (Dao et al. 2022, "FlashAttention", algorithm 4). A block of queries meets only
+the keys from the start of its first document, or of its window, so no L x L matrix is made, a windowed layer
+costs O(L * window) and many short documents cost their own squares.
 
-Letters in shapes: B batch, L length, Hq query heads, Hk key heads, G = Hq / Hk, D head size, q queries of a block, k its keys.
+Letters in shapes: B batch, L length, Hq query heads, Hk key heads, G = Hq / Hk, D head size, q queries of
+a block, k its keys.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM, GptOssModel
 from transformers.masking_utils import eager_mask
 
 NAME = "packed_sinks"
-# Queries of one block: small enough that a window of 128 is not drowned in masked keys, large enough for fast products.
+# Queries of one block: small enough that a window of 128 is not drowned in masked keys, and large enough for
+# fast products.
 BLOCK_QUERIES = 128
 
 
@@ -61,14 +64,16 @@ class Packing:
 
 
 def _heads_as_rows(x: Tensor, key_heads: int) -> Tensor:
-    """`[B, Hq, q, D] -> [B, Hk, G * q, D]`: the query heads of a key head become more queries of one product."""
-    return x.unflatten(1, (key_heads, -1)).flatten(2, 3)
+    """`[B, Hq, q, D] -> [B, Hk, G * q, D]`: a key head's query heads become more queries of one product."""
+    split: Tensor = x.unflatten(1, (key_heads, -1))
+    return split.flatten(2, 3)
 
 
 def _masked_scores(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """`query [B, Hk, G * q, D]`, `key [B, Hk, k, D]`, `hidden [B, 1, q, k]` -> float32 `[B, Hk, G, q, k]`."""
     scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
-    return scores.unflatten(2, (-1, hidden.shape[-2])).masked_fill_(hidden.unsqueeze(2), -torch.inf)
+    by_head: Tensor = scores.unflatten(2, (-1, hidden.shape[-2]))
+    return by_head.masked_fill_(hidden.unsqueeze(2), -torch.inf)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -88,7 +93,8 @@ class _PackedAttention(torch.autograd.Function):
             first_key = block.first_key if window is None else block.first_key_in_window
             rows, keys = slice(block.first, block.last), slice(first_key, block.last)
             hidden = packing.hidden(block, first_key, window)
-            scores = _masked_scores(_heads_as_rows(query[:, :, rows], key_heads), key[:, :, keys], hidden, scale)
+            q_rows = _heads_as_rows(query[:, :, rows], key_heads)
+            scores = _masked_scores(q_rows, key[:, :, keys], hidden, scale)
             block_lse = torch.logaddexp(torch.logsumexp(scores, -1), sink)  # [B, Hk, G, q]
             p = scores.sub_(block_lse.unsqueeze(-1)).exp_().to(value.dtype)
             out[:, :, rows] = (p.flatten(2, 3) @ value[:, :, keys]).view(batch, heads, -1, query.shape[-1])
@@ -113,7 +119,8 @@ class _PackedAttention(torch.autograd.Function):
             first_key = block.first_key if ctx.window is None else block.first_key_in_window
             rows, keys = slice(block.first, block.last), slice(first_key, block.last)
             hidden = packing.hidden(block, first_key, ctx.window)
-            q_rows, d_rows = _heads_as_rows(query[:, :, rows], key_heads), _heads_as_rows(d_out[:, :, rows], key_heads)
+            q_rows = _heads_as_rows(query[:, :, rows], key_heads)
+            d_rows = _heads_as_rows(d_out[:, :, rows], key_heads)
             k_block, v_block = key[:, :, keys], value[:, :, keys]
             p = _masked_scores(q_rows, k_block, hidden, ctx.scale).flatten(2, 3)  # [B, Hk, G * q, k]
             p.sub_(_heads_as_rows(lse[:, :, rows].unsqueeze(-1), key_heads)).exp_()
@@ -148,13 +155,14 @@ def attend(
     """An attention function as transformers calls it: `query [B, Hq, q, D]` -> `[B, q, Hq, D]`."""
     assert s_aux is not None, "gpt-oss attention always has sinks"
     if isinstance(attention_mask, Packing):
-        out = _PackedAttention.apply(query, key, value, s_aux, attention_mask, sliding_window, scaling)
+        packing, window = attention_mask, sliding_window
+        out = _PackedAttention.apply(query, key, value, s_aux, packing, window, scaling)  # type: ignore[no-untyped-call]
     else:
         out = _dense_attention(query, key, value, attention_mask, s_aux, scaling)
     return out.transpose(1, 2), None
 
 
-def _hand_over_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hand_over_packing(model: GptOssModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of `GptOssModel`, which would build its masks without looking at `position_ids`."""
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return None
@@ -169,7 +177,7 @@ def _hand_over_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, {**kwargs, "position_ids": positions, "attention_mask": mask}
 
 
-def use_packed_attention(model: nn.Module) -> None:
+def use_packed_attention(model: GptOssForCausalLM) -> None:
     """Give a `GptOssForCausalLM`, whose configuration names this attention, masks that respect documents."""
     model.model.register_forward_pre_hook(_hand_over_packing, with_kwargs=True)
 

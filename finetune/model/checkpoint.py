@@ -1,7 +1,7 @@
 """What a checkpoint directory holds, read from its headers alone: configuration, tensors, shapes; no weights.
 
-Two kinds are read, both with the released tensor names: `mxfp4` (as OpenAI released it, experts as blocks and scales)
-and `bf16` (merged, experts dense as `[E, in, out]`).
+Two kinds are read, both with the released tensor names: `mxfp4` (as OpenAI released it, experts as blocks
+and scales) and `bf16` (merged, experts dense as `[E, in, out]`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ SINGLE_FILE = "model.safetensors"
 # A safetensors header of gpt-oss-120b is 80 kB; anything near this limit is not a header.
 LARGEST_HEADER = 100_000_000
 REQUIRED_KEYS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "intermediate_size", "num_local_experts",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "intermediate_size", "num_local_experts",
 )  # fmt: skip
-# A fingerprint reads this many pages of every tensor, spread evenly: 20b takes 50 ms, and any training moves them all.
+# A fingerprint reads this many pages of every tensor, spread evenly: 20b takes 50 ms, and any training
+# moves them all.
 FINGERPRINT_PAGES = 8
 PAGE = 4096
 
@@ -79,7 +80,7 @@ def _count_weights(name: str, tensor: TensorPlace) -> int:
 
 
 def inspect_checkpoint(path: Path) -> CheckpointInfo:
-    """Check configuration, shards, names, shapes and dtypes; raises FinetuneError with the first thing wrong."""
+    """Check configuration, shards, names, shapes, dtypes; raises FinetuneError with the first thing wrong."""
     config = _read_config(path)
     tensors = _read_headers(path)
     packed = any(name.endswith("_blocks") for name in tensors)
@@ -93,7 +94,9 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo:
             sizes = f"{list(found.shape)} where config.json asks for {list(shape)}"
             raise FinetuneError(f"tensor '{name}' has the shape {sizes}", at=str(found.file))
         packed_part = name.endswith(("_blocks", "_scales"))
-        if (found.dtype == "U8") != packed_part or (not packed_part and found.dtype not in ("BF16", "F16", "F32")):
+        if (found.dtype == "U8") != packed_part or (
+            not packed_part and found.dtype not in ("BF16", "F16", "F32")
+        ):
             raise FinetuneError(f"tensor '{name}' has the unexpected dtype {found.dtype}", at=str(found.file))
     extra = sorted(set(tensors) - set(expected))
     if extra:
@@ -118,7 +121,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise FinetuneError(f"'{key}' is missing or not a whole number", at=str(file))
     quantised = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
     if quantised != "mxfp4":
-        raise FinetuneError(f"quantised with '{quantised}'; finetune reads mxfp4 or bf16 checkpoints", at=str(file))
+        raise FinetuneError(
+            f"quantised with '{quantised}'; finetune reads mxfp4 or bf16 checkpoints", at=str(file)
+        )
     return dict(config)
 
 
@@ -136,7 +141,9 @@ def _read_headers(path: Path) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
     for shard in shards:
         if not (path / shard).is_file():
-            raise FinetuneError(f"shard {shard} is missing ({len(shards)} are listed in {INDEX_FILE})", at=str(path))
+            raise FinetuneError(
+                f"shard {shard} is missing ({len(shards)} are listed in {INDEX_FILE})", at=str(path)
+            )
         tensors.update(read_safetensors_header(path / shard))
     return tensors
 
@@ -166,7 +173,7 @@ def read_safetensors_header(file: Path) -> Iterator[tuple[str, TensorPlace]]:
 
 
 def fingerprint(path: Path) -> str:
-    """A short name for these exact weights: sha256 over names, shapes and evenly spread pages of every tensor."""
+    """A short name for these exact weights: sha256 over names, shapes and spread pages of every tensor."""
     digest = hashlib.sha256()
     with ExitStack() as files:
         streams: dict[Path, BinaryIO] = {}

@@ -1,18 +1,20 @@
-"""The expert layer as one autograd function: frozen experts decoded group by group, LoRA trained, nothing dense kept.
+"""The expert layer as one autograd function: frozen experts decoded group by group, LoRA trained.
 
-For each token t and each of its top-k experts e, with scores s (Shazeer et al. 2017, and openai/gpt-oss `torch/model.py`):
+For each token t and each of its top-k experts e, with scores s (Shazeer et al. 2017, and openai/gpt-oss
+`torch/model.py`):
 
     y = W_up[e] x + b_up[e] + B_up[e] A_up[e] x          gate = y[0::2], up = y[1::2]
     h = (clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate))
     out[t] += s * (W_down[e] h + b_down[e] + B_down[e] A_down[e] h)
 
-Rows are sorted by expert once. A group of experts is decoded to scratch memory that every layer reuses, multiplied with
-the rows routed to it, and forgotten. Only x and the routing are saved: backward decodes again and recomputes y, but not
-the down projection, because the gradient of a score needs only <dout, W h + B A h + b>, which is <W' dout, h> + ...
-No gradient of the frozen weights is ever formed, and sums run in a fixed order, so results repeat bit for bit.
+Rows are sorted by expert once. A group of experts is decoded to scratch memory that every layer reuses,
+multiplied with the rows routed to it, and forgotten. Only x and the routing are saved: backward decodes
+again and recomputes y, but not the down projection, because the gradient of a score needs only
+<dout, W h + B A h + b>, which is <W' dout, h> + ... No gradient of the frozen weights is ever formed, and
+sums run in a fixed order, so results repeat bit for bit.
 
-Letters in shapes: T tokens, k experts a token, N = T * k rows, E experts, g of them in a group, n rows of that group,
-H hidden, I intermediate, R rank.
+Letters in shapes: T tokens, k experts a token, N = T * k rows, E experts, g of them in a group, n rows of
+that group, H hidden, I intermediate, R rank.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ class FrozenExperts(Protocol):
     num_experts: int
     alpha: float
     limit: float
-    gate_up_proj_bias: Tensor  # [E, 2I]
-    down_proj_bias: Tensor  # [E, H]
 
+    @property
+    def gate_up_proj_bias(self) -> Tensor: ...  # [E, 2I]
+    @property
+    def down_proj_bias(self) -> Tensor: ...  # [E, H]
     def group_size(self, dtype: torch.dtype) -> int: ...
     def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, 2I, H]
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, H, I]
@@ -105,9 +109,11 @@ class Routing:
             start = end
 
     def combine(self, rows: Tensor, scores: Tensor | None = None) -> Tensor:
-        """Sum each token's rows, `[N, H] -> [T, H]`, weighted by `scores [T, k]`: a gather, so the order is fixed."""
-        by_token = rows[self.inverse].unflatten(0, (-1, self.top_k))
-        return by_token.sum(1) if scores is None else (by_token * scores.unsqueeze(-1)).sum(1)
+        """Sum each token's rows, `[N, H] -> [T, H]`, weighted by `scores [T, k]`; the order is fixed."""
+        by_token: Tensor = rows[self.inverse].unflatten(0, (-1, self.top_k))
+        if scores is not None:
+            by_token = by_token * scores.unsqueeze(-1)
+        return by_token.sum(1)
 
 
 class Gated(NamedTuple):
@@ -159,12 +165,16 @@ class _Projection:
         return y
 
 
-def _up_projection(experts: FrozenExperts, group: Group, factors: Factors | None, dtype: torch.dtype) -> _Projection:
+def _up_projection(
+    experts: FrozenExperts, group: Group, factors: Factors | None, dtype: torch.dtype
+) -> _Projection:
     weights = experts.gate_up_weights(group.first, group.last, dtype)
     return _Projection(group, weights, experts.gate_up_proj_bias, factors)
 
 
-def _down_projection(experts: FrozenExperts, group: Group, factors: Factors | None, dtype: torch.dtype) -> _Projection:
+def _down_projection(
+    experts: FrozenExperts, group: Group, factors: Factors | None, dtype: torch.dtype
+) -> _Projection:
     weights = experts.down_weights(group.first, group.last, dtype)
     return _Projection(group, weights, experts.down_proj_bias, factors)
 
@@ -259,13 +269,15 @@ def _factors(a: Tensor | None, b: Tensor | None) -> Factors | None:
 
 
 def run_experts(
-    x: Tensor, indices: Tensor, scores: Tensor, experts: FrozenExperts, up: Factors | None, down: Factors | None
-) -> Tensor:
+    x: Tensor, indices: Tensor, scores: Tensor,
+    experts: FrozenExperts, up: Factors | None, down: Factors | None,
+) -> Tensor:  # fmt: skip
     """`x [T, H]`, `indices [T, k]` and `scores [T, k]` of the router -> `[T, H]` in x's dtype.
 
-    Differentiable in x, scores and the LoRA factors; x in float32, float64 or bfloat16 decides the precision, while the
-    activation between the projections runs in at least float32.
+    Differentiable in x, scores and the LoRA factors; x in float32, float64 or bfloat16 decides the
+    precision, while the activation between the projections runs in at least float32.
     """
     routing = Routing(indices, experts.num_experts)
-    out: Tensor = _ExpertLayer.apply(x, scores, *(up or (None, None)), *(down or (None, None)), routing, experts)
+    factors = *(up or (None, None)), *(down or (None, None))
+    out: Tensor = _ExpertLayer.apply(x, scores, *factors, routing, experts)  # type: ignore[no-untyped-call]
     return out

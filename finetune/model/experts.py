@@ -13,19 +13,20 @@ from finetune.model.expert_layer import Factors, run_experts
 from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
 from finetune.model.mxfp4 import dequantise_mxfp4
 
-# Weights that a group of experts decodes at once. Below it, small experts share one grouped product instead of paying
-# for a dozen small operations each; above it, a single expert of gpt-oss-20b (16.6 M weights) fills the machine alone.
+# Weights that a group of experts decodes at once. Below it, small experts share one grouped product instead
+# of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b (16.6 M weights) fills
+# the machine alone.
 GROUP_WEIGHTS = 1 << 22
 
 
 class Scratch:
-    """Memory for decoded weights, shared by all layers of a model: one buffer a purpose, kept at its largest size."""
+    """Memory for decoded weights, shared by a model's layers: one buffer a purpose, kept at its largest."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor whose content is whatever its last user left; valid until the next call with the same purpose."""
+        """A tensor with whatever its last user left in it; valid until the next call for the same purpose."""
         size = torch.Size(shape).numel()
         buffer = self._buffers.get((purpose, dtype, device))
         if buffer is None or buffer.numel() < size:
@@ -37,7 +38,7 @@ class Scratch:
 
 
 class Experts(nn.Module, ABC):
-    """What packed and dense experts share: sizes, biases, the activation's constants and the active LoRA factors.
+    """What packed and dense experts share: sizes, biases, the activation's constants, active LoRA factors.
 
     Takes the place of transformers' `GptOssExperts`, with its forward signature.
     """
@@ -101,13 +102,14 @@ class Experts(nn.Module, ABC):
 
 
 class PackedExperts(Experts):
-    """Experts in the released bytes: `blocks [E, out, in/32, 16]` and `scales [E, out, in/32]`, never unpacked whole."""
+    """Experts in the released bytes, `blocks [E, out, in/32, 16]` and `scales [E, out, in/32]`."""
 
     def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
         super().__init__(config, scratch)
         for name in ("gate_up_proj", "down_proj"):
             inputs, outputs = self.features(name)
-            blocks = torch.empty(self.num_experts, outputs, inputs // BLOCK, BYTES_PER_BLOCK, dtype=torch.uint8)
+            shape = self.num_experts, outputs, inputs // BLOCK, BYTES_PER_BLOCK
+            blocks = torch.empty(shape, dtype=torch.uint8)
             self.register_parameter(name, nn.Parameter(blocks, requires_grad=False))
         for name in ("gate_up_proj", "down_proj"):
             inputs, outputs = self.features(name)
@@ -130,7 +132,7 @@ class PackedExperts(Experts):
 
 
 class DenseExperts(Experts):
-    """Experts of a merged bf16 checkpoint: `gate_up_proj [E, H, 2I]`, `down_proj [E, I, H]`, as transformers lays out."""
+    """Experts of a merged bf16 checkpoint, laid out `gate_up_proj [E, H, 2I]` and `down_proj [E, I, H]`."""
 
     def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
         super().__init__(config, scratch)

@@ -34,9 +34,13 @@ def expected_tensors(config: dict[str, Any], *, packed: bool) -> Iterator[tuple[
         yield from _expected_experts(layer + "mlp.experts.", config, packed)
 
 
-def _expected_experts(prefix: str, config: dict[str, Any], packed: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, intermediate, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
-    for name, outputs, inputs in (("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)):
+def _expected_experts(
+    prefix: str, config: dict[str, Any], packed: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    experts = config["num_local_experts"]
+    sizes = ("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)
+    for name, outputs, inputs in sizes:
         if packed:
             yield f"{prefix}{name}_blocks", (experts, outputs, inputs // BLOCK, BYTES_PER_BLOCK)
             yield f"{prefix}{name}_scales", (experts, outputs, inputs // BLOCK)

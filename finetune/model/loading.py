@@ -1,4 +1,4 @@
-"""A checkpoint directory becomes a transformers model whose experts stay packed, memory-mapped from the files."""
+"""A checkpoint directory becomes a transformers model: memory-mapped, its experts still packed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def load_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer.
 
-    `where` is a checkpoint directory, a hub id, a run directory (its base with its adapter) or `nano`; `adapter` a
-    directory in PEFT's layout. `dtype` (bfloat16 by default) is that of attention, embeddings and the computation;
-    expert blocks keep their bytes. `device` is the first GPU where there is one, else the CPU. With an adapter the
-    result is a `PeftModel` over the `GptOssForCausalLM`, ready for inference.
+    `where` is a checkpoint directory, a hub id, a run directory (its base with its adapter) or `nano`;
+    `adapter` a directory in PEFT's layout. `dtype` (bfloat16 by default) is that of attention, embeddings
+    and the computation; expert blocks keep their bytes. `device` is the first GPU where there is one, else
+    the CPU. With an adapter the result is a `PeftModel` over the `GptOssForCausalLM`, ready for inference.
     Raises FinetuneError for anything wrong with the files.
     """
     place = resolve(where)
@@ -46,8 +46,10 @@ def load_model(
     return load_adapter(model, adapter_path, base=place.base), tokenizer
 
 
-def load_base(path: Path, *, dtype: torch.dtype, device: torch.device | str | None = None) -> GptOssForCausalLM:
-    """The checkpoint's model in evaluation mode, every parameter frozen, its tensors backed by the files' pages."""
+def load_base(
+    path: Path, *, dtype: torch.dtype, device: torch.device | str | None = None
+) -> GptOssForCausalLM:
+    """The checkpoint's model in evaluation mode, all frozen, its tensors backed by the files' pages."""
     info = inspect_checkpoint(path)
     config = _read_model_config(path, dtype)
     with torch.device("meta"):
@@ -88,8 +90,9 @@ def _map_tensors(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Tensor]:
         with safe_open(file, framework="pt", device="cpu") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
                 tensor = shard.get_tensor(name)
-                # The router's parameters sit one module deeper in the released names as in ours: no renaming there.
-                state[name.removesuffix("_blocks")] = tensor if tensor.dtype == torch.uint8 else tensor.to(dtype)
+                # Scales keep their name beside the blocks', which take the weight's; the rest is as in ours.
+                packed = tensor.dtype == torch.uint8
+                state[name.removesuffix("_blocks")] = tensor if packed else tensor.to(dtype)
     return state
 
 

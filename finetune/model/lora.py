@@ -34,11 +34,11 @@ ROUTER_PARAMETERS = ["mlp.router.weight"]
 RANK_MULTIPLE = 8
 
 
-class ExpertsLora(ParamWrapper):
-    """PEFT's wrapper of one expert parameter, which hands its factors to the expert layer instead of making W + BA."""
+class ExpertsLora(ParamWrapper):  # type: ignore[misc]  # PEFT has no types
+    """PEFT's wrapper of one expert parameter; hands its factors to the expert layer, never makes W + BA."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        experts = self.get_base_layer()
+        experts: Experts = self.get_base_layer()
         self.num_experts = experts.num_experts
         self._param_ndim = 3
         return experts.features(self.parameter_name)
@@ -69,7 +69,9 @@ class ExpertsLora(ParamWrapper):
             active.pop(self.parameter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise FinetuneError("packed experts cannot take an adapter in; export a merged model with `finetune export`")
+        raise FinetuneError(
+            "packed experts cannot take an adapter in; export a merged model with `finetune export`"
+        )
 
 
 # PEFT tells a wrapper of parameters by this name when it nests one for each parameter of a module.
@@ -84,14 +86,14 @@ def _with_our_wrapper(config: LoraConfig) -> LoraConfig:
 def add_lora(
     model: GptOssForCausalLM, *, rank: int, alpha: float, targets: Sequence[str], rslora: bool = False
 ) -> PeftModel:
-    """Put a new adapter on `attention`, `experts`, `router` or several of them; its parameters are float32."""
+    """Put a new float32 adapter on `attention`, `experts`, `router` or several of them."""
     parameters = [
         *(EXPERT_PARAMETERS if "experts" in targets else []),
         *(ROUTER_PARAMETERS if "router" in targets else []),
     ]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its arithmetic takes any number
+        lora_alpha=alpha,  # annotated int, but PEFT only ever multiplies with it
         target_modules=ATTENTION_MODULES if "attention" in targets else [],
         target_parameters=parameters or None,
         use_rslora=rslora,
@@ -105,7 +107,7 @@ def add_lora(
 
 
 def save_adapter(model: PeftModel, path: Path, *, base: Path, where: str | None = None) -> None:
-    """Write PEFT's files and the record of the base: `where` the user named it, and the fingerprint of its weights."""
+    """Write PEFT's files and the record of the base: `where` the user found it, its weights' fingerprint."""
     model.peft_config["default"].base_model_name_or_path = where or str(base)
     model.save_pretrained(str(path), save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # PEFT's placeholder; the export writes a model card
@@ -116,8 +118,8 @@ def save_adapter(model: PeftModel, path: Path, *, base: Path, where: str | None 
 def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on the model.
 
-    Raises FinetuneError when the adapter is unreadable, does not fit, or was trained on other weights than `base`; an
-    adapter without a record of its base (any stock PEFT one) loads with a warning.
+    Raises FinetuneError when the adapter is unreadable, does not fit, or was trained on other weights than
+    `base`; an adapter without a record of its base (any stock PEFT one) loads with a warning.
     """
     if not (path / ADAPTER_FILE).is_file():
         raise FinetuneError(f"no adapter here ({ADAPTER_FILE} is missing)", at=str(path))
@@ -125,7 +127,9 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
     try:
         config = LoraConfig.from_pretrained(str(path))
     except (OSError, ValueError, TypeError) as error:
-        raise FinetuneError(f"adapter_config.json is not a readable LoRA configuration ({error})", at=str(path)) from None
+        raise FinetuneError(
+            f"adapter_config.json is not a readable LoRA configuration ({error})", at=str(path)
+        ) from None
     config.inference_mode = not trainable
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -136,7 +140,7 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FinetuneError(f"the adapter does not load on this base ({reason})", at=str(path)) from None
-    # PEFT only warns when the file lacks a weight the configuration asks for, and would go on with a fresh one.
+    # PEFT only warns when the file lacks a weight the configuration asks for, and goes on with a fresh one.
     for warning in caught:
         if "missing" in str(warning.message).lower():
             raise FinetuneError("the adapter's file lacks weights that its configuration names", at=str(path))
@@ -149,7 +153,9 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
 def _check_base(adapter: Path, base: Path) -> None:
     record = adapter / BASE_RECORD
     if not record.is_file():
-        logger.warning("%s does not say which weights it was trained on; make sure that %s is its base", adapter, base)
+        logger.warning(
+            "%s does not say which weights it was trained on; make sure that %s is its base", adapter, base
+        )
         return
     try:
         trained_on = json.loads(record.read_text())
@@ -171,20 +177,24 @@ def expert_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class CoverageCheck:
     """Proof from the run itself that the adapter learns everywhere it should.
 
-    Every expert to which a token sent a gradient must have a non-zero gradient in `lora_B` at the first optimiser step,
-    and, now that `lora_B` is no longer zero, in `lora_A` at the second.
+    Every expert to which a token sent a gradient must have a non-zero gradient in `lora_B` at the first
+    optimiser step, and, now that `lora_B` is no longer zero, in `lora_A` at the second.
     """
 
     LAST_STEP = 2
 
     def __init__(self, model: nn.Module) -> None:
         self._wrappers = list(expert_wrappers(model))
-        self._dense = [(name, p) for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name]
+        self._dense = [
+            (name, p) for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name
+        ]
         for experts in self._experts():
             experts.watch_gradients(True)
 
     def _experts(self) -> list[Experts]:
-        return list({id(experts := wrapper.get_base_layer()): experts for _, wrapper in self._wrappers}.values())
+        return list(
+            {id(experts := wrapper.get_base_layer()): experts for _, wrapper in self._wrappers}.values()
+        )
 
     def check(self, step: int) -> dict[str, int]:
         """Call after the backward of optimiser step `step` (1 or 2), before the gradients are cleared.
@@ -199,8 +209,9 @@ class CoverageCheck:
             silent = live & ~_experts_with_gradient(wrapper, factor)
             if silent.any():
                 first = int(silent.nonzero()[0])
-                sentence = f"{factor} of expert {first} in {name} has no gradient at step {step} although tokens reached it"
-                raise FinetuneError(f"{sentence}: the adapter would not learn there, so the run stops")
+                sentence = f"{factor} of expert {first} in {name} has no gradient at step {step}"
+                reason = "although tokens reached it: the adapter would not learn there, so the run stops"
+                raise FinetuneError(f"{sentence} {reason}")
         for name, parameter in self._dense:
             if factor in name and (parameter.grad is None or not parameter.grad.any()):
                 raise FinetuneError(f"{name} has no gradient at step {step}, so the run stops")
@@ -215,7 +226,7 @@ def _experts_with_gradient(wrapper: Any, factor: str) -> Tensor:
     weight = getattr(wrapper, factor)["default"].weight
     if weight.grad is None:
         return torch.zeros(wrapper.num_experts, dtype=torch.bool, device=weight.device)
+    gradient: Tensor = weight.grad
     if factor == "lora_A":  # [E * r, in], expert slowest
-        return weight.grad.view(wrapper.num_experts, -1).any(1)
-    found: Tensor = weight.grad.view(-1, wrapper.num_experts).any(0)  # [out, r * E], expert fastest
-    return found
+        return gradient.view(wrapper.num_experts, -1).any(1)
+    return gradient.view(-1, wrapper.num_experts).any(0)  # [out, r * E], expert fastest

@@ -1,7 +1,7 @@
-"""MXFP4, the number format of the released experts: blocks of 32 values, 4 bits each, with one shared power of two.
+"""MXFP4, the number format of the released experts: blocks of 32 values of 4 bits that share a power of two.
 
-A tensor `[..., out, in]` is stored as `blocks [..., out, in/32, 16]` (uint8, two E2M1 codes a byte, low nibble first)
-and `scales [..., out, in/32]` (uint8, E8M0: 2 ** (scale - 127)).
+A tensor `[..., out, in]` is stored as `blocks [..., out, in/32, 16]` (uint8, two E2M1 codes a byte, low
+nibble first) and `scales [..., out, in/32]` (uint8, E8M0: 2 ** (scale - 127)).
 Format: OCP Microscaling Formats (MX) Specification v1.0, sections 5.2, 5.4 and 6.
 """
 
@@ -18,8 +18,8 @@ SCALE_BIAS = 127
 # E2M1 by code: sign, two bits of exponent, one of mantissa.
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 LARGEST_EXPONENT = 2  # of 6.0 = 1.5 * 2**2
-# Weights decoded in one go: the look-up indices (4 bytes for 4 weights) and the result then stay in a core's cache.
-# Fastest of 2**16 .. 2**24 on a 2-core Zen 5, by a factor of 1.3 over whole experts.
+# Weights decoded in one go: the look-up indices (4 bytes for 4 weights) and the result then stay in a core's
+# cache. Fastest of 2**16 .. 2**24 on a 2-core Zen 5, by a factor of 1.3 over whole experts.
 CHUNK_WEIGHTS = 3 << 18
 
 # One look-up moves the values of one or two bytes at once, seen as one number of their joint size.
@@ -51,11 +51,14 @@ def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return table.to(dtype)
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """Decode to `[..., out, in]` in bfloat16, float16, float32 or float64; every value is exact where `dtype` holds it.
+def dequantise_mxfp4(
+    blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
+    """Decode to `[..., out, in]` in bfloat16, float16, float32 or float64; exact where `dtype` can hold it.
 
-    `blocks [..., out, in/32, 16]` and `scales [..., out, in/32]` are contiguous uint8. `out` is a contiguous tensor to
-    write into: reusing one matters, since fresh memory costs more in page faults than the decoding itself.
+    `blocks [..., out, in/32, 16]` and `scales [..., out, in/32]` are contiguous uint8. `out` is a
+    contiguous tensor to write into: reusing one matters, since fresh memory costs more in page faults than
+    the decoding itself.
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
     if out is None:
@@ -80,7 +83,8 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out:
 def _midpoints(device: torch.device) -> Tensor:
     """Where nearest rounding goes from one magnitude to the next; a tie goes to the even code."""
     middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
-    # bucketize sends a tie down; for odd lower codes it must go up, so their boundary moves down by one float32 step.
+    # bucketize sends a tie down; for odd lower codes it must go up, so their boundary moves down by
+    # one float32 step.
     ties_up = torch.tensor([False, True, False, True, False, True, False], device=device)
     return torch.where(ties_up, torch.nextafter(middles, torch.zeros_like(middles)), middles)
 
@@ -92,14 +96,16 @@ def _nearest_codes(values: Tensor) -> Tensor:
 
 
 def quantise_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Round `weights [..., out, in]` (in a multiple of 32) to nearest: blocks `[..., out, in/32, 16]`, scales.
+    """Round `weights [..., out, in]` (in a multiple of 32) to blocks `[..., out, in/32, 16]` and scales.
 
-    Of the two powers of two that can serve a block (the specification's, which clips values over 6, and the next one
-    up, which is coarser) the one with the smaller squared error is taken. Values that MXFP4 holds exactly are kept.
+    Of the two powers of two that can serve a block (the specification's, which clips values over 6, and
+    the next one up, which is coarser) the one with the smaller squared error is taken. Values that MXFP4
+    holds exactly are kept.
     """
     groups = weights.detach().to(torch.float32).unflatten(-1, (-1, BLOCK))  # [..., out, in/32, 32]
     largest = groups.abs().amax(dim=-1)
-    # frexp gives an exact exponent where log2 could round up at powers of two; zero blocks take the smallest scale.
+    # frexp gives an exact exponent where log2 could round up at powers of two; zero blocks take the
+    # smallest scale.
     exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT, -SCALE_BIAS)
     best_codes = best_scales = best_error = None
     for step in (0, 1):

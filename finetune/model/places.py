@@ -37,8 +37,8 @@ def resolve(where: str | Path) -> Place:
     if (path / "config.json").is_file():
         return Place(path)
     if path.is_dir():
-        sentence = "no model here: a model directory has config.json, a run has run.json, an adapter has " + ADAPTER_FILE
-        raise FinetuneError(sentence, at=str(path))
+        sentence = "no model here: a model directory has config.json, a run has run.json, an adapter has"
+        raise FinetuneError(f"{sentence} {ADAPTER_FILE}", at=str(path))
     return Place(_from_hub(str(where)))
 
 
@@ -72,7 +72,8 @@ def _from_hub(name: str) -> Path:
         # `original/` and `metal/` hold the same weights again in other layouts.
         return Path(snapshot_download(name, ignore_patterns=["original/*", "metal/*"]))
     except HFValidationError:
-        raise FinetuneError(f"no model '{name}': no such directory, and it does not look like a hub id") from None
+        sentence = f"no model '{name}': no such directory, and it does not look like a hub id"
+        raise FinetuneError(sentence) from None
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FinetuneError(f"{missing} ({reason})") from None

@@ -15,12 +15,13 @@ class _NotWrapped:
         pass
 
 
-class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):
-    """A decoder layer that recomputes its attention and its router, and leaves the experts to their own function.
+class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):  # type: ignore[misc]  # untyped there
+    """A decoder layer that recomputes its attention and router, and leaves the experts to their own function.
 
-    transformers checkpoints a layer whole, so backward would decode and multiply every expert once more. The expert
-    layer saves nothing but its input and recomputes what it needs by itself: only what surrounds it is checkpointed.
-    Kept for backward: the layer's input, the stream between its halves, and the experts' input.
+    transformers checkpoints a layer whole, so backward would decode and multiply every expert once more.
+    The expert layer saves nothing but its input and recomputes what it needs by itself: only what
+    surrounds it is checkpointed. Kept for backward: the layer's input, the stream between its halves, and
+    the experts' input.
     """
 
     # Older transformers wrap here instead.
@@ -36,9 +37,11 @@ class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):
         else:
             hidden_states = self._attend(hidden_states, kwargs)
             routed = self._route(hidden_states)
-        return hidden_states + self.mlp.experts(*routed).view_as(hidden_states)
+        mixed: Tensor = self.mlp.experts(*routed)
+        return hidden_states + mixed.view_as(hidden_states)
 
     def _attend(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        attended: Tensor
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + attended
 
