@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Literal, cast
 
 import openai_harmony as oh  # type: ignore[import-untyped]
 
@@ -82,20 +82,23 @@ def harmony_messages(
     return messages, owners
 
 
+def _answers(message: Message) -> bool:
+    return message.role == "assistant" and not message.tool_calls
+
+
 def turn_of(messages: Sequence[Message]) -> list[int]:
     """How many users and final answers spoke before each message: a turn's assistant messages share it."""
     counts, count = [], 0
     for message in messages:
         counts.append(count)
-        count += message.role == "user" or (message.role == "assistant" and not message.tool_calls)
+        count += message.role == "user" or _answers(message)
     return counts
 
 
 def reference_prompt(encoding: oh.HarmonyEncoding, conversation: Conversation) -> list[int]:
-    finals = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and not m.tool_calls]
+    finals = [i for i, m in enumerate(conversation.messages) if _answers(m)]
     messages, _ = harmony_messages(conversation, len(conversation.messages), finals[-1] + 1 if finals else 0)
-    given = oh.Conversation.from_messages(messages)
-    return cast(list[int], encoding.render_conversation_for_completion(given, oh.Role.ASSISTANT, AS_GIVEN))
+    return _rendered(encoding, _whole(messages), "completion")
 
 
 def reference_examples(
@@ -108,7 +111,7 @@ def reference_examples(
     examples = []
     for turn in spoken if learn == "all_turns" else spoken[-1:]:
         ours = [i for i, m in enumerate(conversation.messages) if turns[i] == turn and m.role == "assistant"]
-        finals = [i for i in range(ours[0]) if conversation.messages[i].is_final]
+        finals = [i for i in range(ours[0]) if _answers(conversation.messages[i])]
         thinking_from = len(turns) if not analysis else finals[-1] + 1 if finals else 0
         example = _reference_example(
             encoding, conversation, ours, thinking_from, final_only=learn == "final_only"
@@ -116,6 +119,26 @@ def reference_examples(
         if any(example[1]):
             examples.append(example)
     return examples
+
+
+def _whole(messages: Sequence[oh.Message]) -> str:
+    return cast(str, oh.Conversation.from_messages(messages).to_json())
+
+
+# The modes share most of their renderings, and harmony's renderer is what takes the judge's time.
+@lru_cache(maxsize=1000)
+def _rendered(
+    encoding: oh.HarmonyEncoding, conversation: str, purpose: Literal["training", "history", "completion"]
+) -> list[int]:
+    given = oh.Conversation.from_json(conversation)
+    if purpose == "completion":
+        return cast(
+            list[int], encoding.render_conversation_for_completion(given, oh.Role.ASSISTANT, AS_GIVEN)
+        )
+    render = (
+        encoding.render_conversation_for_training if purpose == "training" else encoding.render_conversation
+    )
+    return cast(list[int], render(given, AS_GIVEN))
 
 
 @lru_cache(maxsize=10_000)
@@ -133,12 +156,8 @@ def _reference_example(
     final_only: bool,
 ) -> tuple[list[int], list[int]]:
     messages, owners = harmony_messages(conversation, ours[-1] + 1, thinking_from)
-    whole = oh.Conversation.from_messages(messages)
-    last = conversation.messages[ours[-1]]
-    if last.learn is False:
-        ids = encoding.render_conversation(whole, AS_GIVEN)
-    else:
-        ids = encoding.render_conversation_for_training(whole, AS_GIVEN)
+    learned_to_the_end = conversation.messages[ours[-1]].learn is not False
+    ids = _rendered(encoding, _whole(messages), "training" if learned_to_the_end else "history")
     mask: list[int] = []
     for position, message in enumerate(messages):
         tokens = _token_count(encoding, message.to_json(), bool(conversation.tools))
@@ -148,8 +167,7 @@ def _reference_example(
             continue
         skipped = 0
         if owners[position - 1] not in ours or messages[position - 1].author.role != oh.Role.ASSISTANT:
-            before = oh.Conversation.from_messages(messages[:position])
-            prompt = encoding.render_conversation_for_completion(before, oh.Role.ASSISTANT, AS_GIVEN)
+            prompt = _rendered(encoding, _whole(messages[:position]), "completion")
             skipped = len(prompt) - len(mask)
             assert ids[: len(prompt)] == prompt
         learned = conversation.messages[owner].learn is not False
