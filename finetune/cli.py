@@ -125,7 +125,7 @@ def train(
 ) -> None:
     """Train an adapter, measure it and export it; a run directory goes on where it stopped."""
     with command(as_json, debug):
-        from finetune.cli_launch import become, launch_command
+        from finetune.cli_launch import launch_command, supervise
         from finetune.recipe import load_recipe, require_files
         from finetune.rundir import RunDir
 
@@ -135,7 +135,8 @@ def train(
         flags = ["--json"] * as_json + ["--debug"] * debug
         words = launch_command(where, overrides or (), ctx.obj, flags)
         typer.secho(shlex.join(words), dim=True, err=as_json)
-        become(words)
+        # What went wrong there was said there.
+        raise typer.Exit(supervise(words))
 
 
 @app.command("eval")

@@ -1,13 +1,15 @@
-"""From `finetune train` to the `accelerate launch` command that it prints and becomes."""
+"""From `finetune train` to the `accelerate launch` command that it prints and runs."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
 
 from finetune.errors import FinetuneError
 
@@ -25,23 +27,33 @@ def launch_command(
     return ["accelerate", "launch", *arguments, "-m", "finetune.train", where, *overrides, *flags]
 
 
-def become(command: Sequence[str]) -> NoReturn:
-    """Replace this process by the command, run with this interpreter's own accelerate.
+def supervise(command: Sequence[str]) -> int:
+    """Run the command with this interpreter's own accelerate; returns the exit status.
 
-    Ctrl-C goes to every process of the terminal's group. accelerate's parent would die of it and take the
-    training along before it has saved, so it is made deaf to it; training sets a handler of its own.
+    Ctrl-C and SIGTERM, whether they come from a terminal or to this process alone, are handed on to training
+    as SIGINT. accelerate's parent process would die of them before training has saved: it inherits deafness
+    (training sets a handler of its own) and, with training, a process group that a terminal does not signal.
 
     Raises:
         FinetuneError: accelerate cannot be started.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
     program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     try:
-        os.execv(sys.executable, program)
+        child = subprocess.Popen(program, process_group=0)
+
+        def hand_on(number: int, frame: FrameType | None) -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
+
+        signal.signal(signal.SIGINT, hand_on)
+        before |= {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+        return 1 if child.wait() else 0
     except OSError as error:
         raise FinetuneError(f"accelerate cannot be started: {error}") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one_process() -> list[str]:

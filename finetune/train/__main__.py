@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from finetune.train.surroundings import quieten, set_up_wandb
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)
+    # Started deaf to Ctrl-C (by `finetune train`, or in the background of a shell), it listens from here on.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     first, out = os.environ.get("RANK", "0") == "0", sys.stdout
     try:
         # Whatever a library prints must not get between a machine and its JSON.

@@ -54,7 +54,7 @@ def training_arguments(recipe: Recipe, run: Path, plan: StepPlan, *, held_out: b
 
     train = recipe.train
     _require_packages(recipe)
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(run / "checkpoints"),
         use_cpu=not torch.cuda.is_available(),
         seed=train.seed,
@@ -98,6 +98,9 @@ def training_arguments(recipe: Recipe, run: Path, plan: StepPlan, *, held_out: b
         log_level="error",
         log_level_replica="error",
     )
+    # Unless told otherwise, it takes the launcher's --mixed_precision.
+    arguments.mixed_precision = "no"
+    return arguments
 
 
 def _require_packages(recipe: Recipe) -> None:

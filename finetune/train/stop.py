@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -14,11 +15,12 @@ from transformers import TrainerCallback
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Between `install` and `uninstall`, SIGINT and SIGTERM end training after the current step.
 
-    A second SIGINT kills the process at once. Under several processes all stop at the same step, whichever of
-    them was told first.
+    So does the end of accelerate's launcher, which a signal to it alone would kill. A second SIGINT kills the
+    process at once. Under several processes all stop at the same step, whichever of them was told first.
     """
 
     def __init__(self) -> None:
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self.requested = False
         self.stopped = False
         self._before: dict[int, Any] = {}
@@ -43,8 +45,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers is un
             control.should_save = control.should_training_stop = True
 
     def _any_process(self, args: Any) -> bool:
+        alone = self._launcher is not None and os.getppid() != self._launcher
         if args.world_size == 1:
-            return self.requested
-        asked = torch.tensor(int(self.requested), device=args.device)
+            return self.requested or alone
+        asked = torch.tensor(int(self.requested or alone), device=args.device)
         torch.distributed.all_reduce(asked)
         return bool(asked.item())

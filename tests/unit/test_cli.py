@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -116,15 +117,18 @@ def test_wrong_usage_is_exit_status_2() -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What `finetune train` would become; the handler of Ctrl-C is put back."""
+    """What `finetune train` would run."""
     words: list[str] = []
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("os.execv", lambda program, arguments: words.extend(arguments))
+
+    def start(program: list[str], **_: object) -> SimpleNamespace:
+        words.extend(program)
+        return SimpleNamespace(pid=0, wait=lambda: 0)
+
+    monkeypatch.setattr("finetune.cli_launch.subprocess.Popen", start)
     yield words
-    signal.signal(signal.SIGINT, before)
 
 
-def test_train_prints_the_command_it_becomes(recipe: Path, launched: list[str]) -> None:
+def test_train_prints_the_command_it_runs(recipe: Path, launched: list[str]) -> None:
     result = runner.invoke(app, ["train", "recipe.yaml", "train.max_steps=3", "data.held_out=0"])
     assert result.exit_code == 0
     config = Path(cli_launch.__file__).parent.parent / "configs" / "single.yaml"
@@ -151,9 +155,22 @@ def test_what_follows_two_dashes_goes_to_accelerate(recipe: Path, launched: list
     ]
 
 
-def test_ctrl_c_is_left_to_the_training_process(recipe: Path, launched: list[str]) -> None:
-    runner.invoke(app, ["train", "recipe.yaml"])
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_finetune_train_reaches_training_past_the_launcher(number: signal.Signals) -> None:
+    # Stands for accelerate: it must survive what its child, standing for training, is told.
+    training = "import signal, sys; signal.signal(2, lambda *_: sys.exit(0)); print('ready'); signal.pause()"
+    launcher = (
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-u', '-c', {training!r}]))"
+    )
+    code = (
+        "import sys; from finetune import cli_launch; popen = cli_launch.subprocess.Popen; "
+        f"cli_launch.subprocess.Popen = lambda _, **k: popen([sys.executable, '-c', {launcher!r}], **k); "
+        "sys.exit(cli_launch.supervise(['accelerate']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0
 
 
 def test_train_passes_json_and_debug_on_and_keeps_standard_output_free(
