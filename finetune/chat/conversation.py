@@ -246,19 +246,17 @@ def _name_results(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 def _answered(message: Message, calls: Sequence[ToolCall], round_start: int, where: str) -> ToolCall:
     name = message.name and message.name.removeprefix("functions.")
+    latest = calls[round_start:]
+    named = [call for call in (*latest, *reversed(calls[:round_start])) if name in (None, call.name)]
     if message.tool_call_id is not None:
-        matches = [call for call in calls if call.id == message.tool_call_id]
-        matches = matches or [call for call in calls[round_start:] if call.id is None]
-        reason = f"answers the call {message.tool_call_id!r}"
-        if matches and name and matches[-1].name != name:
-            matches = [call for call in matches if call.name == name]
-            reason += f" of {name!r}"
+        # ids that start anew each round: the latest round's come first
+        matches = [call for call in named if call.id == message.tool_call_id]
+        matches = matches or [call for call in latest if call.id is None and name in (None, call.name)]
+        reason = f"answers the call {message.tool_call_id!r}" + (f" of {name!r}" if name else "")
     elif name:
-        matches = [call for call in calls if call.name == name]
-        reason = f"answers a call of {name!r}"
+        matches, reason = named, f"answers a call of {name!r}"
     else:
-        matches = list(calls[round_start:])
-        reason = "answers a call"
+        matches, reason = list(latest), "answers a call"
     if not matches:
         raise FinetuneError(f"{where} {reason}, and no such call is open before it")
     return matches[0]

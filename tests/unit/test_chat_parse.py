@@ -93,6 +93,8 @@ def test_garbage_is_read_without_an_error_and_streams_alike(ids: list[int]) -> N
         (f"{HEADER}4<|return|><|endoftext|><|endoftext|>", "4", "return"),
         (f"{HEADER}4<|endoftext|>5", "4", None),
         (f"{HEADER}4<|return|>more", "4", None),
+        (f"{HEADER}4<|return|>more<|return|>", "4", None),
+        (f"{HEADER}4<|end|>more<|start|>assistant{HEADER}5<|return|>", "4\n5", "return"),
         (f"more<|end|><|start|>assistant{HEADER}4<|return|>", "4", "return"),
         ("<|message|>4<|return|>", "4", "return"),
         ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", "{}", "return"),

@@ -95,6 +95,11 @@ def test_tool_results_find_their_call_by_id_by_name_or_by_order() -> None:
     # ids that start anew each round, and a call of an earlier round left open
     again = read(calls, {"role": "tool", "content": ""}, calls, {"role": "tool", "content": ""})
     assert [message.name for message in again if message.role == "tool"] == ["f", "f"]
+    late = {"role": "tool", "tool_call_id": "1", "content": ""}
+    next_round = read(calls, ASK, calling({"name": "h"}), late, {"role": "tool", "content": ""})
+    assert [message.name for message in next_round[3:]] == ["f", "h"]
+    same_ids = read(calls, ASK, calling({"id": "1", "name": "h"}), late, late | {"name": "f"})
+    assert [message.name for message in same_ids[3:]] == ["h", "f"]
     in_two = read(calling({"name": "f"}), calling({"name": "g"}), *[{"role": "tool", "content": ""}] * 2)
     assert [message.name for message in in_two[2:]] == ["f", "g"]
 
@@ -137,6 +142,15 @@ TOOL: dict[str, object] = {"name": "f"}
         (
             {"messages": [calling(TOOL), {"role": "tool", "content": "", "name": "g"}]},
             "message 2 .* answers a call of 'g', and no such call is open",
+        ),
+        (
+            {
+                "messages": [
+                    calling({"name": "f", "id": "1"}),
+                    {"role": "tool", "content": "", "name": "g", "tool_call_id": "1"},
+                ]
+            },
+            "answers the call '1' of 'g', and no such call is open",
         ),
         ({"messages": [ASK], "tools": {"f": 1}}, "tools must be a list, not a mapping"),
         ({"messages": [ASK], "tools": "[{"}, "tools is text, and not JSON"),
