@@ -26,6 +26,10 @@ ModelName = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="Instructions put in front.")]
 Effort = Annotated[Literal["low", "medium", "high"] | None, typer.Option(help="How much the model thinks.")]
+Tools = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Functions the model may call: a JSON list, as in OpenAI's API."),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, thinking included.")]
 TopP = Annotated[
     float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total share.")
@@ -143,23 +147,27 @@ def train(
 def evaluate(
     where: ModelName,
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Take the tasks of this recipe's eval section, as for a model without a run."),
+    task: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure on these rows instead of the recipe's tasks.")
     ] = None,
+    metric: Annotated[
+        Literal["exact_match", "number", "tool_call"],
+        typer.Option(help="What makes an answer to --task right."),
+    ] = "exact_match",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each task.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure base against tuned: held-out loss, and every task of the recipe."""
+    """Measure base against tuned: held-out loss, and every task of the recipe.
+
+    A model without a run is measured on --task alone, and takes changes to the eval section only.
+    """
     with command(as_json, debug, libraries=True) as output:
         from rich.console import Console
 
-        from finetune.evaluate.compare import evaluate as measure
-        from finetune.recipe import load_recipe
+        from finetune.cli_eval import measure
 
-        spec = load_recipe(recipe, overrides or ()).eval if recipe else None
-        summary = measure(where, overrides=() if recipe else overrides or (), spec=spec, limit=limit)
+        summary = measure(where, overrides or (), task=task, metric=metric, limit=limit)
         if as_json:
             output.json(summary.to_dict())
         else:
@@ -177,6 +185,7 @@ def generate(
     ] = None,
     system: System = None,
     effort: Effort = None,
+    tools: Tools = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: TopP = 1.0,
@@ -195,7 +204,7 @@ def generate(
             where,
             prompts or (),
             file=file,
-            setting=Setting(system, effort),
+            setting=Setting.read(system, effort, tools),
             sampling=Sampling(max_new_tokens, temperature, top_p, seed),
             batch_size=batch_size,
             base=base,
@@ -208,6 +217,7 @@ def chat(
     where: ModelName,
     system: System = None,
     effort: Effort = None,
+    tools: Tools = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
     top_p: TopP = 1.0,
@@ -220,7 +230,7 @@ def chat(
         from finetune.evaluate.talk import Sampling, chat_command
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        chat_command(where, setting=Setting(system, effort), sampling=sampling)
+        chat_command(where, setting=Setting.read(system, effort, tools), sampling=sampling)
 
 
 @app.command()

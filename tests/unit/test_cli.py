@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from finetune import cli_launch
 from finetune.cli import app
+from finetune.evaluate.summary import Summary
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
 
@@ -39,6 +41,7 @@ def test_help_of_every_command_is_quick_and_imports_nothing_heavy() -> None:
 import sys
 from typer.testing import CliRunner
 from finetune.cli import app
+from finetune.evaluate.summary import Summary
 for name in {COMMANDS!r}:
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, name
@@ -221,3 +224,42 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert "no-such-package is missing: pip install 'no-such-package>=3'" in result.output
     assert "outside the tested range <0.1" in result.output
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `finetune eval` asks of the evaluation."""
+    asked: list[dict[str, Any]] = []
+
+    def evaluate(where: str, **options: Any) -> Summary:
+        asked.append({"where": where, **options})
+        return Summary(1.5, 0.5, {})
+
+    monkeypatch.setattr("finetune.evaluate.compare.evaluate", evaluate)
+    return asked
+
+
+def test_eval_measures_a_run_by_its_recipe_and_the_changes_to_it(
+    recipe: Path, measured: list[dict[str, Any]]
+) -> None:
+    RunDir.create(load_recipe(recipe))
+    words = ["eval", "runs/latest", "eval.max_new_tokens=9", "--task", "rows.jsonl", "--metric", "number"]
+    result = runner.invoke(app, [*words, "--limit", "3", "--json"])
+    assert json.loads(result.stdout) == {"held_out_loss": {"base": 1.5, "tuned": 0.5}, "tasks": {}}
+    (asked,) = measured
+    changed = load_recipe(recipe, asked["overrides"]).eval
+    assert (changed.max_new_tokens, asked["limit"]) == (9, 3)
+    assert [(t.name, t.metric, t.path) for t in changed.tasks] == [
+        ("rows", "number", str(recipe.parent / "rows.jsonl"))
+    ]
+
+
+def test_eval_measures_a_model_without_a_run_on_a_file(recipe: Path, measured: list[dict[str, Any]]) -> None:
+    (recipe.parent / "my rows.jsonl").write_text(ROW)
+    runner.invoke(app, ["eval", "nano", "--task", "my rows.jsonl", "eval.max_new_tokens=9"])
+    spec = measured[0]["spec"]
+    assert (spec.tasks[0].name, spec.max_new_tokens) == ("my-rows", 9)
+    refused = runner.invoke(app, ["eval", "nano", "lora.rank=3"])
+    assert refused.stderr.startswith("lora.rank=3: a model without a run has no recipe")
+    missing = runner.invoke(app, ["eval", "nano", "--task", "nowhere.jsonl"])
+    assert missing.stderr == "nowhere.jsonl: there is no such file of questions\n"
