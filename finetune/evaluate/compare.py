@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from finetune.chat.encode import HarmonyEncoder
     from finetune.data.packing import PackedDataset
     from finetune.recipe import Task
+    from finetune.rundir import RunDir
 
 
 def evaluate(
@@ -34,7 +35,6 @@ def evaluate(
     overrides: Sequence[str] = (),
     spec: EvalSpec | None = None,
     limit: int | None = None,
-    subject: Subject | None = None,
     console: Console | None = None,
 ) -> Summary:
     """Measure base and tuned model; writes eval/summary.json and eval/<task>.jsonl in the run.
@@ -42,17 +42,20 @@ def evaluate(
     Args:
         where: a run; or one of its checkpoints, measured like the run and written to eval/ inside it; or a
             model without a run, which is measured on the tasks of `spec` alone, and nothing is written.
-        overrides: changes to a run's recipe, `dotted.key=value`; without a run they mean nothing.
+        overrides: changes to a run's recipe, `dotted.key=value`.
         spec: replaces the recipe's eval section.
         limit: at most so many questions of each task.
-        subject: the model, where it is in memory already.
         console: where progress is shown; standard error unless given.
 
     Raises:
-        FinetuneError: nothing to measure, a bad task, or an adapter of another base.
+        FinetuneError: nothing to measure, a bad task, overrides without a run, or an adapter of another base.
     """
     run = find_run(where)
     recipe = load_recipe(run.path / "recipe.yaml", overrides) if run else None
+    if recipe is None and overrides:
+        raise FinetuneError(
+            f"this is not a run, so there is no recipe for {overrides[0]} to change", at=str(where)
+        )
     spec = spec or (recipe.eval if recipe else EvalSpec())
     if recipe is None and not spec.tasks:
         raise FinetuneError(
@@ -61,8 +64,8 @@ def evaluate(
     notes: list[str] = []
     # Rows first: a bad task is found before minutes go into loading weights.
     questions = {task.name: read_questions(task, recipe, limit, notes.append) for task in spec.tasks}
-    packs = _held_out(recipe, load_encoder(where), run.path) if recipe and run else None
-    subject = subject or load_subject(where)
+    packs = _held_out(recipe, load_encoder(where), run) if recipe and run else None
+    subject = load_subject(where)
     with _progress(console) as progress:
         for note in notes:
             progress.console.print(note, markup=False)
@@ -84,12 +87,12 @@ def _progress(console: Console | None) -> Progress:
     return Progress(*columns, console=console or Console(stderr=True))
 
 
-def _held_out(recipe: Recipe, encoder: HarmonyEncoder, run: Path) -> PackedDataset | None:
+def _held_out(recipe: Recipe, encoder: HarmonyEncoder, run: RunDir) -> PackedDataset | None:
     """The run's held-out examples, packed as in training; None where nothing was held out."""
     from finetune.data import prepare_data
     from finetune.data.packing import PackedDataset
 
-    examples = prepare_data(recipe, encoder, cache_dir=run.parent / "cache").held_out
+    examples = prepare_data(recipe, encoder, cache_dir=run.cache).held_out
     return PackedDataset(examples, recipe.tokens_per_pass, seed=0) if len(examples) else None
 
 

@@ -88,7 +88,7 @@ def test_every_answer_is_kept_with_its_question_and_verdict(run: RunDir) -> None
 def test_held_out_questions_are_rows_that_were_not_trained_on(run: RunDir) -> None:
     from finetune.data import prepare_data
 
-    prepared = prepare_data(run.recipe(), load_subject(run.path).encoder, cache_dir=run.path.parent / "cache")
+    prepared = prepare_data(run.recipe(), load_subject(run.path).encoder, cache_dir=run.cache)
     summary = evaluate(run.path, console=quiet())
     assert summary.tasks["sums"].n == len(prepared.held_out)
 
@@ -112,6 +112,8 @@ def test_a_checkpoint_without_a_run_is_measured_alone_on_the_tasks_given(run: Ru
     assert set(Path(base).rglob("*")) == before
     with pytest.raises(FinetuneError, match="name a task"):
         evaluate(base, console=quiet())
+    with pytest.raises(FinetuneError, match=r"no recipe for eval\.seed=1 to change"):
+        evaluate(base, overrides=["eval.seed=1"], spec=spec, console=quiet())
 
 
 def test_a_bad_task_is_found_before_weights_are_loaded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
