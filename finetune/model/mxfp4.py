@@ -25,7 +25,6 @@ CHUNK_WEIGHTS = 3 << 18
 # One look-up moves the values of one or two bytes at once, seen as one number of their joint size.
 _WIDE = {
     torch.bfloat16: (torch.uint16, torch.int64),
-    torch.float16: (torch.uint16, torch.int64),
     torch.float32: (torch.uint16, torch.complex128),
     torch.float64: (torch.uint8, torch.complex128),
 }
@@ -63,6 +62,8 @@ def dequantise_mxfp4(
     shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    if dtype == torch.float16:  # which holds few of the scales, but may hold their products
+        return out.copy_(dequantise_mxfp4(blocks, scales, torch.float32))
     table = _value_table(dtype, blocks.device)
     scale_of = _scale_table(dtype, blocks.device)
     words = blocks.contiguous().view(-1).view(_WIDE[dtype][0])
@@ -107,18 +108,15 @@ def quantise_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
     # frexp gives an exact exponent where log2 could round up at powers of two; zero blocks take the
     # smallest scale.
     exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT, -SCALE_BIAS)
-    best_codes = best_scales = best_error = None
-    for step in (0, 1):
-        scales = (exponent + step).clamp(-SCALE_BIAS, SCALE_BIAS)
-        unit = torch.exp2(scales.to(torch.float64)).to(torch.float32).unsqueeze(-1)
-        codes = _nearest_codes(groups / unit)
-        error = (torch.tensor(CODE_VALUES, device=codes.device)[codes.int()] * unit - groups).square().sum(-1)
-        if best_codes is None or best_scales is None or best_error is None:
-            best_codes, best_scales, best_error = codes, scales, error
-        else:
-            better = error < best_error
-            best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-            best_scales = torch.where(better, scales, best_scales)
-    assert best_codes is not None and best_scales is not None
-    blocks = best_codes[..., 0::2] | (best_codes[..., 1::2] << 4)
-    return blocks, (best_scales + SCALE_BIAS).to(torch.uint8)
+    exponent = exponent.clamp(min=-SCALE_BIAS)
+    unit = torch.exp2(exponent.to(torch.float64)).to(torch.float32)
+    # In units of the finer scale, so that no error overflows or underflows.
+    scaled = groups / unit.unsqueeze(-1)
+    values = torch.tensor(CODE_VALUES, device=groups.device)
+    fine, coarse = _nearest_codes(scaled), _nearest_codes(scaled / 2)
+    fine_error = (values[fine.int()] - scaled).square().sum(-1)
+    coarse_error = (2 * values[coarse.int()] - scaled).square().sum(-1)
+    up = coarse_error < fine_error
+    codes = torch.where(up.unsqueeze(-1), coarse, fine)
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return blocks, (exponent + up + SCALE_BIAS).to(torch.uint8)
