@@ -65,7 +65,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    console = Console(stderr=options.json, highlight=False, soft_wrap=True)
+    console = Console(stderr=options.json, highlight=False, markup=False, soft_wrap=True)
     run = _run_directory(options.recipe, recipe, state)
     set_up_wandb(recipe, run.path)
 

@@ -70,7 +70,12 @@ def fit(recipe: Recipe, run: RunDir, state: PartialState, console: Console) -> O
         held_out=PackedDataset(data.held_out, plan.tokens_per_pass, recipe.train.seed),
         run=run,
         save_adapter=save,
-        callbacks=[metrics, *([display] if state.is_main_process else []), stop, StopWithoutGradient(model)],
+        callbacks=[
+            metrics,
+            *([display] if state.is_main_process else []),
+            stop,
+            StopWithoutGradient(model, run),
+        ],
     )
     began = time.monotonic()
     stop.install()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,6 +119,22 @@ def test_held_out_loss_is_the_mean_over_all_learned_tokens(project: tuple[Recipe
     ours.model.eval()
     with torch.no_grad():
         assert measured == pytest.approx(expected_loss(ours.model).item(), rel=1e-6)
+
+
+def test_the_output_head_sees_learned_positions_only(
+    project: tuple[Recipe, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = trainer(project, passes=1)
+    rows: list[int] = []
+    function = trl.trainer.utils._ChunkedLogProbFunction
+
+    def apply(hidden: Tensor, *rest: Any) -> Any:
+        rows.append(len(hidden))
+        return function.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply))
+    ours.evaluate()
+    assert sorted(rows) == sorted(sum(length - ignored for length, ignored in pack) for pack in PACKS)
 
 
 def test_the_adapter_is_float32_over_a_bf16_base(project: tuple[Recipe, RunDir]) -> None:
