@@ -14,8 +14,8 @@ class StopWithoutGradient(TrainerCallback):  # type: ignore[misc]  # transformer
     """Runs `CoverageCheck` on the gradients of the first two steps, before the optimizer uses them.
 
     lora_A has a gradient only once lora_B, which begins as zeros, has made a step: hence two. What was found
-    goes to run.json: how many experts there are (over all layers and both projections), and how many of them a
-    gradient reached.
+    goes to run.json: how many experts there are (over all layers and both projections), and how many had a
+    gradient.
     """
 
     def __init__(self, model: Any, run: RunDir) -> None:
