@@ -17,8 +17,8 @@ from tests.checkpoints import NANO
 from tests.train_helpers import read_metrics, write_project
 
 STEPS = 6
-# Room for other processors, which sum in another order; Adam's first steps turn the sign of a tiny gradient into
-# a whole step. A mistake in mask, scale or schedule changes far more.
+# Room for other processors, which sum in another order: Adam's first steps turn the sign of a tiny gradient
+# into a whole step. A mistake in mask, scale or schedule changes far more.
 RELATIVE = 1e-4
 FIGURES = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
 
