@@ -78,7 +78,7 @@ class ExpertsLora(ParamWrapper):  # type: ignore[misc]  # PEFT has no types
 ExpertsLora.__name__ = ExpertsLora.__qualname__ = "ParamWrapper"
 
 
-def _with_our_wrapper(config: LoraConfig) -> LoraConfig:
+def with_our_wrapper(config: LoraConfig) -> LoraConfig:
     config._register_custom_module({PackedExperts: ExpertsLora, DenseExperts: ExpertsLora})
     return config
 
@@ -99,7 +99,7 @@ def add_lora(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, _with_our_wrapper(config))
+    adapted = get_peft_model(model, with_our_wrapper(config))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -135,7 +135,7 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(
-                model, str(path), config=_with_our_wrapper(config), is_trainable=trainable
+                model, str(path), config=with_our_wrapper(config), is_trainable=trainable
             )
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
