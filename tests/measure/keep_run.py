@@ -16,7 +16,7 @@ KEPT = ("status", "seconds", "tokens_per_step", "data", "frozen", "coverage")
 
 
 def gather(run: RunDir) -> dict[str, Any]:
-    """What the run measured: held-out losses by step, every step's loss, the comparison, the frozen hashes."""
+    """What the run measured: held-out losses by step, every loss, the comparison, the frozen hashes."""
     rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     summary = run.eval_dir / "summary.json"
     return {
