@@ -43,9 +43,11 @@ class Packing:
     """Where documents begin in a packed batch; stands in for the attention mask of every layer."""
 
     def __init__(self, position_ids: Tensor, window: int) -> None:
-        """`position_ids [B, L]` restart at 0 with each document; `window` in tokens."""
+        """`position_ids [B, L]`: a document ends where they do not count up by one; `window` in tokens."""
         length = position_ids.shape[1]
-        self.starts = torch.arange(length, device=position_ids.device) - position_ids  # [B, L]
+        begins = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
+        place = torch.arange(length, device=position_ids.device)
+        self.starts = (begins * place).cummax(dim=1).values  # [B, L]
         earliest = self.starts.amin(0)[::BLOCK_QUERIES].tolist()
         self.blocks = [
             Block(first, min(first + BLOCK_QUERIES, length), start, max(start, first - window + 1))
