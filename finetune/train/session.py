@@ -36,7 +36,6 @@ class Outcome:
     stopped: bool
     step: int
     steps: int
-    figures: dict[str, float]
 
 
 def fit(recipe: Recipe, run: RunDir, state: PartialState, console: Console) -> Outcome:
@@ -86,19 +85,15 @@ def fit(recipe: Recipe, run: RunDir, state: PartialState, console: Console) -> O
         display.close()
 
     if state.is_main_process:
-        before = run.info().get("seconds", {}).get("training", 0.0)
-        run.update(seconds={"training": round(before + time.monotonic() - began, 1)})
+        _add_seconds(run, time.monotonic() - began)
         if frozen is not None:
             _verify_frozen(run, frozen, hash_frozen(model))
         if not stop.stopped:
             with whole_directory(run.adapter) as part:
                 save(part)
-    outcome = Outcome(stop.stopped, trainer.state.global_step, trainer.state.max_steps, metrics.latest)
-    # The trainer and its callbacks refer to each other: without a collection the model would stay in memory.
+    outcome = Outcome(stop.stopped, trainer.state.global_step, trainer.state.max_steps)
     del trainer, model, save
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free_memory()
     return outcome
 
 
@@ -160,6 +155,19 @@ def _announce(console: Console, data: Prepared, plan: StepPlan, going_on: Path |
     console.print(f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out; {plan}")
     if going_on:
         console.print(f"going on from {going_on.name}")
+
+
+def _add_seconds(run: RunDir, seconds: float) -> None:
+    """Training time counts over all sessions of a run."""
+    before = run.info().get("seconds", {})
+    run.update(seconds={**before, "training": round(before.get("training", 0.0) + seconds, 1)})
+
+
+def _free_memory() -> None:
+    """The trainer and its callbacks refer to each other: without a collection the model would stay."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _verify_frozen(run: RunDir, before: str, after: str) -> None:
