@@ -11,6 +11,7 @@ after its imports, mapped files included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -39,8 +40,8 @@ def train_one_side(
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import GptOssForCausalLM, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import GptOssForCausalLM
+    from trl import SFTTrainer
 
     from finetune.model import load_adapter, load_base, load_tokenizer
 
@@ -54,51 +55,73 @@ def train_one_side(
     else:
         stock = GptOssForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager")
         model = PeftModel.from_pretrained(stock, str(adapter), is_trainable=True)
-
-    times, losses = [time.perf_counter()], []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-        def on_log(self, *arguments: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                losses.append(logs["loss"])
-
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, SHAPE["vocab"], (tokens,), generator=generator).tolist() for _ in range(steps)]
+    dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    clock = _make_clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            seed=0,
-            max_steps=steps,
-            per_device_train_batch_size=1,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            router_aux_loss_coef=0.0,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        arguments = _arguments(folder, steps)
+        SFTTrainer(
+            model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]
+        ).train()
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": round(tokens / statistics.median(clock.seconds), 1),
+                "step_seconds": [round(value, 3) for value in clock.seconds],
+                "memory_gib": round(resident_gib() - bare, 3),
+                "losses": clock.losses,
+            }
         )
-        dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        trainer = SFTTrainer(
-            model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()]
-        )
-        trainer.train()
-    seconds = [later - earlier for earlier, later in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
-    print(json.dumps({
-        "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-        "step_seconds": [round(value, 3) for value in seconds],
-        "memory_gib": round(resident_gib() - bare, 3),
-        "losses": losses,
-    }))  # fmt: skip
+    )
+
+
+def _make_clock() -> Any:
+    """A trainer callback with the seconds of each step after the warm-up, and the losses of all."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.losses: list[float] = []
+
+        @property
+        def seconds(self) -> list[float]:
+            kept = self.times[WARM_UP - 1 :]
+            return [later - earlier for earlier, later in itertools.pairwise(kept)]
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    return Clock()
+
+
+def _arguments(folder: str, steps: int) -> Any:
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        seed=0,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        router_aux_loss_coef=0.0,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def measure(tokens: int, steps: int, dtypes: list[str]) -> dict[str, Any]:
