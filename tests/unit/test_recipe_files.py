@@ -10,7 +10,9 @@ import pytest
 from finetune.recipe import dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# How nano itself is made is a recipe of another kind: finetune.nano.spec.
+PRETRAIN = ROOT / "recipes" / "nano" / "pretrain.yaml"
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {PRETRAIN})
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What a base leaves to the recipes that extend it.
 GIVEN = ["name=given", "data.train=rows.jsonl"]
@@ -41,7 +43,7 @@ def test_accelerate_reads_every_shipped_config(path: Path) -> None:
     assert config.mixed_precision == "no"
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *CONFIGS], ids=name_of)
+@pytest.mark.parametrize("path", [*RECIPES, PRETRAIN, *CONFIGS], ids=name_of)
 def test_every_key_of_a_shipped_file_has_a_comment(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
