@@ -51,7 +51,7 @@ def load_base(
 ) -> GptOssForCausalLM:
     """The checkpoint's model in evaluation mode, all frozen, its tensors backed by the files' pages."""
     info = inspect_checkpoint(path)
-    config = _read_model_config(path, dtype)
+    config = read_model_config(path, dtype)
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
         scratch = Scratch()
@@ -61,8 +61,7 @@ def load_base(
     model.load_state_dict(_map_tensors(info, dtype), assign=True, strict=True)
     # Its frequencies are computed, not loaded, and came out on the meta device.
     model.model.rotary_emb = GptOssRotaryEmbedding(config=config)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = _read_generation_config(path) or model.generation_config
     use_packed_attention(model)
     use_selective_recompute(model)
     model.requires_grad_(False)
@@ -71,8 +70,14 @@ def load_base(
     return model.to(device).eval()
 
 
-def _read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:
-    config = GptOssConfig.from_pretrained(path)
+def read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:
+    """The checkpoint's configuration as our model wants it: our attention, no quantizer, no router loss."""
+    try:
+        config = GptOssConfig.from_pretrained(path)
+        GptOssRotaryEmbedding(config=config)  # whose settings are looked at only when it is built
+    except Exception as error:  # transformers raises whatever its code meets in a value it does not expect
+        sentence = f"transformers cannot use this configuration ({_first_line(error)})"
+        raise FinetuneError(sentence, at=str(path / "config.json")) from None
     # transformers would look for its own quantizer; the packed experts are ours.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -81,6 +86,20 @@ def _read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:
     # The released 0.9 would swamp the loss; asking for router logits is what turns it on.
     config.output_router_logits = False
     return config
+
+
+def _read_generation_config(path: Path) -> GenerationConfig | None:
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise FinetuneError(f"not a generation configuration ({_first_line(error)})", at=str(file)) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _map_tensors(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,10 +116,14 @@ def _map_tensors(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint directory; raises FinetuneError where there is none."""
-    if not (path / "tokenizer.json").is_file():
+    """The tokenizer of a checkpoint directory; raises FinetuneError where there is none that can be read."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
         raise FinetuneError("no tokenizer.json in the model directory", at=str(path))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise FinetuneError(f"not a readable tokenizer ({_first_line(error)})", at=str(file)) from None
     tokenizer.padding_side = "left"
     return tokenizer
 
