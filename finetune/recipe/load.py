@@ -16,6 +16,8 @@ from finetune.recipe.places import Key, Place, Tree, parse, parse_value
 from finetune.recipe.sentences import sentences
 from finetune.recipe.specs import Recipe
 
+_DATA = (".jsonl", ".ndjson", ".csv", ".parquet", ".gz")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: its parent goes over the defaults, the file over its parent, `overrides` over all.
@@ -47,14 +49,19 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read(path: Path, children: tuple[Path, ...]) -> Tree:
     """A file merged over its parent; `children` are the files that led here."""
+    if path.suffix in _DATA and path.is_file():
+        raise FinetuneError("this is data, and a recipe is YAML; `finetune data` shows it", at=str(path))
     try:
         tree = parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise FinetuneError("there is no such recipe file", at=str(path)) from None
     except IsADirectoryError:
         raise FinetuneError("this is a folder; name the recipe file in it", at=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FinetuneError(f"this recipe cannot be read: {error}", at=str(path)) from error
+    except UnicodeDecodeError as error:
+        number = 1 + error.object[: error.start].count(b"\n")
+        raise FinetuneError("a recipe is UTF-8 text, and this is not", at=f"{path}:{number}") from error
+    except OSError as error:
+        raise FinetuneError(f"this recipe cannot be read: {error.strerror}", at=str(path)) from error
     if not isinstance(tree.value, dict):
         raise FinetuneError("a recipe is a mapping of keys to values, as in `name: my-run`", at=f"{path}:1")
     if "extends" not in tree.value:
@@ -107,6 +114,7 @@ def _override(tree: Tree, text: str) -> None:
         key = _below(node, key, name, place)
         if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}
+            tree.places[key] = place
         node = node[key[-1]]
         if not isinstance(node, dict | list):
             said = f"{_dotted(key)} is a single value and has no keys below it"

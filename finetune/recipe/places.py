@@ -61,7 +61,10 @@ def parse(text: str, file: Path) -> Tree:
         at = f"{file}:{mark.line + 1}" if mark else str(file)
         if isinstance(error, DuplicateKeyError):
             raise FinetuneError(f"{_first_line(error.problem)}; keep one of them", at=at) from error
-        raise FinetuneError(f"this is not valid YAML: {_first_line(error.problem)}", at=at) from error
+        problem = _first_line(error.problem)
+        if problem.startswith("but "):
+            problem = f"{_first_line(error.context)}, {problem}"
+        raise FinetuneError(f"this is not valid YAML: {problem}", at=at) from error
     except YAMLError as error:
         raise FinetuneError(f"this is not valid YAML: {_first_line(str(error))}", at=str(file)) from error
     places: dict[Key, Place] = {(): Place(file, 1)}

@@ -149,7 +149,7 @@ def test_a_recipe_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FinetuneError, match="this recipe cannot be read"):
+    with pytest.raises(FinetuneError, match="recipe.yaml:1: a recipe is UTF-8 text"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
