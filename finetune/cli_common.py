@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.errors import FinetuneError
+from finetune.errors import sentence_of
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
@@ -38,10 +38,6 @@ def command(as_json: bool, debug: bool, *, libraries: bool = False) -> Iterator[
             yield output
     except (typer.Exit, typer.Abort):
         raise
-    except FinetuneError as error:
-        if debug:
-            raise
-        output.fail(str(error))
     except BrokenPipeError:
         # Whoever read standard output has seen enough, as in `| head`; Python must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,8 +47,7 @@ def command(as_json: bool, debug: bool, *, libraries: bool = False) -> Iterator[
     except Exception as error:
         if debug:
             raise
-        reason = (str(error) or "no reason given").splitlines()[0]
-        output.fail(f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where")
+        output.fail(sentence_of(error))
 
 
 class Output:
@@ -66,10 +61,10 @@ class Output:
         """One line of JSON."""
         print(json.dumps(value, ensure_ascii=False), file=self._stdout, flush=True)
 
-    def fail(self, sentence: str) -> None:
-        """Say what is wrong and end with exit status 1."""
+    def fail(self, sentence: str, **found: Any) -> None:
+        """Say what is wrong and end with exit status 1; `found` goes into the JSON beside it."""
         if self.as_json:
-            self.json({"error": sentence})
+            self.json({**found, "error": sentence})
         typer.secho(sentence, fg=typer.colors.RED, err=True)
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""The one exception a user's mistake raises, and the sentence that any other one becomes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,24 @@ class FinetuneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.at}: {self.sentence}" if self.at else self.sentence
+
+
+def sentence_of(error: Exception) -> str:
+    """What to tell the user: a mistake in its own words, anything else by its first line and what to try."""
+    if isinstance(error, FinetuneError):
+        return str(error)
+    reason = (str(error) or "no reason given").splitlines()[0]
+    # torch has an exception of its own on a GPU, and says so in the text of a RuntimeError on the CPU.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate" in reason
+    ):
+        return (
+            f"there is not enough memory ({reason}); a smaller train.tokens_per_pass, data.max_tokens, "
+            "lora.rank or eval.batch_size needs less"
+        )
+    return f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where"
 
 
 @contextmanager
