@@ -80,7 +80,8 @@ def read_conversation(
     date = row.get("current_date") or current_date
     if date is not None and not isinstance(date, str):
         raise FinetuneError(f"current_date must be text such as 2025-08-05, not {kind(date)}")
-    tools = read_tools(row.get("tools"))
+    # OpenAI's files named them functions until 2023
+    tools = read_tools(row.get("tools") or row.get("functions"))
     messages = [_read_message(message, f"message {number}") for number, message in enumerate(raw, 1)]
     _check_calls(messages, tools)
     return Conversation(_name_results(messages), tools, cast(Effort, effort), date)

@@ -203,16 +203,17 @@ def _only_list(value: Any) -> list[Any] | None:
     return None
 
 
-def _broken(error: Exception, file: Path) -> FinetuneError:
-    if isinstance(error, json.JSONDecodeError):
-        return FinetuneError(f"this file is not JSON: {_reason(error)}", at=f"{shown(file)}:{error.lineno}")
-    return FinetuneError(f"this file cannot be read as JSON: {error}", at=shown(file))
+def _broken(error: ValueError | RecursionError, file: Path) -> FinetuneError:
+    if isinstance(error, RecursionError):
+        return FinetuneError("this file is nested too deep", at=shown(file))
+    line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    return FinetuneError(f"this file is not JSON: {_reason(error)}", at=f"{shown(file)}{line}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} (column {error.colno})"
-    return str(error)
+    return "a number in it is too long"  # the one other thing that Python's reader refuses
 
 
 def _json_name(value: object) -> str:
@@ -253,7 +254,8 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(_columns(value), f"{name}: row {number}", number)
     except pyarrow.ArrowException as error:
-        raise FinetuneError(f"this file is not parquet: {error}", at=name) from None
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise FinetuneError(f"this file is not parquet: {reason}", at=name) from None
 
 
 def _hub_rows(source: Source, streaming: bool) -> Iterator[Row]:

@@ -19,6 +19,7 @@ one text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 HarmonyRow = dict[str, Any]
 
+# Of the keys of a row that is no conversation.
+SHOWN_NAMES = 8
+
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -46,7 +50,7 @@ _ROLES = {
     "tool": "tool",
     "function_response": "tool",
 }
-_SETTINGS = ("tools", "reasoning_effort", "current_date")
+_SETTINGS = ("tools", "functions", "reasoning_effort", "current_date")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 _GSM8K = re.compile(r"(.*)\n#### *(-?[\d.,]*\d)\s*", re.DOTALL)
 
@@ -74,7 +78,12 @@ def conversation(row: HarmonyRow, source: Source, spec: DataSpec) -> Conversatio
     """A harmony row as a conversation; errors do not say where."""
     if source.system:
         row = {**row, "messages": _with_system(row["messages"], source.system)}
-    return read_conversation(row, reasoning_effort=spec.reasoning_effort, current_date=spec.current_date)
+    found = read_conversation(row, reasoning_effort=spec.reasoning_effort, current_date=spec.current_date)
+    called = next((call.name for message in found.messages for call in message.tool_calls), None)
+    if called and not found.tools:
+        # A model that learned this would call functions that it was never shown.
+        raise FinetuneError(f"the conversation calls {called!r}, and the row has no tools; list it there")
+    return found
 
 
 def harmony_row(value: Mapping[str, Any], source: Source) -> HarmonyRow:
@@ -256,7 +265,9 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 
 
 def _names(value: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, value)) or "no keys"
+    names = [str(key) for key in itertools.islice(value, SHOWN_NAMES)]
+    more = f" and {len(value) - SHOWN_NAMES} more" if len(value) > SHOWN_NAMES else ""
+    return ", ".join(names) + more or "no keys"
 
 
 _KEYS = {

@@ -91,9 +91,12 @@ def test_several_sharegpt_calls_in_one_turn_are_several_calls() -> None:
         ("observation", "2"),
         ("gpt", "a"),
     ]
-    found = messages({"conversations": [{"from": speaker, "value": text} for speaker, text in turns]})
+    value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    found = messages(value | {"tools": [TOOL, {"name": "sub"}]})
     assert [call.name for call in found[1].tool_calls] == ["add", "sub"]
     assert [message.name for message in found[2:4]] == ["add", "sub"]
+    with pytest.raises(FinetuneError, match="calls 'add', and the row has no tools; list it there"):
+        messages(value)
 
 
 def test_alpaca_joins_instruction_and_input_and_shows_the_history_first() -> None:
