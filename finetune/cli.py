@@ -73,12 +73,12 @@ def check(
         from finetune.recipe import load_recipe
 
         report = look(load_recipe(recipe, overrides or ()))
-        if as_json:
-            output.json(report.to_dict())
-        else:
+        if not as_json:
             show_check(report, Console())
         if report.problem:
-            output.fail(report.problem)
+            output.fail(report.problem, **report.to_dict())
+        elif as_json:
+            output.json(report.to_dict())
 
 
 @app.command()
@@ -99,12 +99,19 @@ def data(
     """Show conversations as the model will see them, learned tokens marked, and what became of all rows."""
     with command(as_json, debug, libraries=True) as output:
         from finetune.data.show import data_lines, show_data
+        from finetune.rundir import cache_folder
 
         if as_json:
             for line in data_lines(where, overrides or [], tokenizer=tokenizer, rows=rows):
                 output.json(line)
         else:
-            show_data(where, overrides or [], tokenizer=tokenizer, rows=rows)
+            show_data(
+                where,
+                overrides or [],
+                cache_dir=cache_folder(),
+                tokenizer=tokenizer,
+                rows=3 if rows is None else rows,
+            )
 
 
 class TrainCommand(TyperCommand):
@@ -129,13 +136,14 @@ def train(
 ) -> None:
     """Train an adapter, measure it and export it; a run directory goes on where it stopped."""
     with command(as_json, debug):
+        from finetune.check import require_ready
         from finetune.cli_launch import launch_command, supervise
-        from finetune.recipe import load_recipe, require_files
-        from finetune.rundir import RunDir
+        from finetune.recipe import require_files
+        from finetune.rundir import RunDir, recipe_of
 
         # A mistake is said now rather than after the seconds that accelerate takes to start.
-        path = Path(where) / "recipe.yaml" if RunDir.is_run(where) else Path(where)
-        require_files(load_recipe(path, overrides or ()))
+        recipe = recipe_of(where, overrides or ())
+        (require_files if RunDir.is_run(where) else require_ready)(recipe)
         flags = ["--json"] * as_json + ["--debug"] * debug
         words = launch_command(where, overrides or (), ctx.obj, flags)
         typer.secho(shlex.join(words), dim=True, err=as_json)

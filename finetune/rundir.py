@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,26 @@ from finetune.errors import FinetuneError, writing
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 
 _CHECKPOINT = re.compile(r"step-\d{6,}")
+
+
+def cache_folder(runs: Path = Path("runs")) -> Path:
+    """Where tokenised data is kept, shared by all runs of a folder: `.cache` in it, or $FINETUNE_CACHE."""
+    return Path(os.environ.get("FINETUNE_CACHE") or runs / ".cache")
+
+
+def recipe_of(where: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or that of a run.
+
+    Raises:
+        FinetuneError: as `load_recipe`; there is neither.
+    """
+    place = Path(where)
+    if not place.exists():
+        raise FinetuneError("there is no such recipe or run", at=str(where))
+    if place.is_dir():
+        RunDir.open(place)
+        place /= "recipe.yaml"
+    return load_recipe(place, overrides)
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,7 @@ class RunDir:
     @property
     def cache(self) -> Path:
         """Tokenised data, which the runs beside this one share."""
-        return self.path.parent / ".cache"
+        return cache_folder(self.path.parent)
 
     @property
     def eval_dir(self) -> Path:

@@ -1,6 +1,5 @@
 """Files and hub data sets, made conversations, token ids with a mask, and packed batches."""
 
-from finetune.data.cache import default_cache_dir
 from finetune.data.examples import Example, Examples
 from finetune.data.packing import PackedDataset, best_fit, collate
 from finetune.data.prepare import Prepared, held_out_conversations, prepare_data, read_conversations
@@ -17,7 +16,6 @@ __all__ = [
     "Row",
     "best_fit",
     "collate",
-    "default_cache_dir",
     "held_out_conversations",
     "prepare_data",
     "read_conversations",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -48,13 +47,6 @@ class Stored:
     keys: NDArray[np.uint64]
     counts: Counts
     fingerprint: str
-
-
-def default_cache_dir() -> Path:
-    """`FINETUNE_CACHE`, else `finetune` in the user's cache folder."""
-    if given := os.environ.get("FINETUNE_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
 
 
 def entry_name(sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder) -> str:

@@ -34,24 +34,21 @@ class Prepared:
     report: DataReport
 
 
-def prepare_data(recipe: Recipe, encoder: HarmonyEncoder, *, cache_dir: Path | None = None) -> Prepared:
+def prepare_data(recipe: Recipe, encoder: HarmonyEncoder, *, cache_dir: Path) -> Prepared:
     """Tokenise the data of a recipe; memory stays bounded whatever its size.
 
-    Everything is kept in `cache_dir` (default: see `default_cache_dir`) under a fingerprint of all it depends
-    on, and read from there the next time; `data.cache: false` keeps nothing. Several processes may do this at
-    once.
+    Everything is kept in `cache_dir` under a fingerprint of all it depends on, and read from there the next
+    time; `data.cache: false` keeps nothing. Several processes may do this at once.
 
     Raises:
         FinetuneError: data that is missing or not readable; a bad row or a long example where the recipe says
-        stop;
-            nothing left to learn from; no space on the disk.
+            stop; nothing left to learn from; no space on the disk.
     """
     spec = recipe.data
-    place = cache_dir or cache.default_cache_dir()
-    stored = _stored(spec.train, spec, encoder, place)
+    stored = _stored(spec.train, spec, encoder, cache_dir)
     counts, repeated = stored.counts, 0
     if isinstance(spec.held_out, list):
-        apart = _stored(spec.held_out, spec, encoder, place)
+        apart = _stored(spec.held_out, spec, encoder, cache_dir)
         counts = counts + apart.counts
         train, held = stored.examples, apart.examples
         repeated = int(np.isin(apart.keys, stored.keys).sum())

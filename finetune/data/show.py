@@ -43,31 +43,26 @@ def show_data(
     where: str,
     overrides: list[str],
     *,
+    cache_dir: Path,
     tokenizer: Path | None = None,
-    as_json: bool = False,
-    rows: int | None = None,
+    rows: int = 3,
 ) -> None:
-    """Print conversations of a recipe or of a data file, with what is learned marked.
+    """Print `rows` conversations of a recipe or of a data file, with what is learned marked.
 
-    `rows` limits how many (default: 3, or all as JSON). Without `tokenizer` a recipe's base gives it, and a
-    data file is shown with the bundled model's. As JSON, see `data_lines`; otherwise all rows are prepared,
-    counted and summed up below the conversations.
+    Without `tokenizer` a recipe's base gives it, and a data file is shown with the bundled model's. All rows
+    are then prepared (see `prepare_data` for `cache_dir`), counted and summed up below the conversations.
 
     Raises:
         FinetuneError: as `load_recipe` and `prepare_data`; no tokenizer to be had.
     """
-    if as_json:
-        for line in data_lines(where, overrides, tokenizer=tokenizer, rows=rows):
-            print(json.dumps(line))
-        return
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
     recipe, encoder = _opened(where, overrides, tokenizer)
-    for shown in _first(recipe, encoder, 3 if rows is None else rows):
+    for shown in _first(recipe, encoder, rows):
         _print_row(shown, encoder, console)
     with console.status("reading all rows"):
-        report = prepare_data(recipe, encoder).report
+        report = prepare_data(recipe, encoder, cache_dir=cache_dir).report
     _print_report(report, recipe, console)
 
 

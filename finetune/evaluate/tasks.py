@@ -56,14 +56,18 @@ def read_questions(
     questions = [ask(conversation, task.metric) for conversation in conversations]
     answered = [question for question in questions if question is not None]
     if not answered:
-        raise FinetuneError(
-            f"task {task.name!r} has no question: none of its {len(questions)} rows ends in an answer",
-            at=None if task.path == "held_out" else task.path,
-        )
+        raise no_question(task, len(questions))
     if tell and len(answered) < len(questions):
         unasked = len(questions) - len(answered)
         tell(f"{task.name}: {unasked} of {len(questions)} rows end in no answer and are not asked")
     return answered[:limit]
+
+
+def no_question(task: Task, rows: int) -> FinetuneError:
+    """What is wrong with a task of which no row can be asked."""
+    wanted = "a tool call" if task.metric == "tool_call" else "an answer"
+    said = f"task {task.name!r} has no question: none of its {rows} rows ends in {wanted}"
+    return FinetuneError(said, at=None if task.path == "held_out" else task.path)
 
 
 def _defaults(task: Task) -> DataSpec:

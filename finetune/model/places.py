@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +64,30 @@ def _resolve_run(run: Path) -> Place:
     return Place(resolve(base).base, adapter if (adapter / ADAPTER_FILE).is_file() else None)
 
 
+def check_hub_id(name: str) -> None:
+    """Raise FinetuneError for what cannot be the id of a model on the hub."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FinetuneError(f"there is no model {name}: no folder of that name, and no hub id (owner/name)")
+
+
+def not_to_be_had(name: str) -> FinetuneError:
+    """There is no such directory, and the hub is out of reach."""
+    from huggingface_hub import constants
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
+    return FinetuneError(f"there is no model {name}: no folder of that name, not on this machine, and {why}")
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    missing = f"no model '{name}': not a directory, not 'nano', and not to be had from the Hugging Face hub"
+    check_hub_id(name)
     try:
         # `original/` and `metal/` hold the same weights again in other layouts.
         return Path(snapshot_download(name, ignore_patterns=["original/*", "metal/*"]))
-    except HFValidationError:
-        sentence = f"no model '{name}': no such directory, and it does not look like a hub id"
-        raise FinetuneError(sentence) from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FinetuneError(f"{missing} ({reason})") from None
+    except LocalEntryNotFoundError:
+        raise not_to_be_had(name) from None
+    except Exception as error:  # the hub, the network and the file system each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FinetuneError(f"there is no model {name}: no folder, and not on the hub ({reason})") from None

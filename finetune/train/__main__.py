@@ -14,12 +14,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError
-from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.rundir import RunDir
+from finetune.check import require_ready
+from finetune.errors import FinetuneError, sentence_of
+from finetune.recipe import Recipe, dump_recipe
+from finetune.rundir import RunDir, recipe_of
 from finetune.train.surroundings import quieten, set_up_wandb
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        result = {"status": "failed", "error": _sentence(error)}
+        result = {"status": "failed", "error": sentence_of(error)}
     if first and "error" in result:
         print(result["error"], file=sys.stderr)
     if first and options.json:
@@ -54,9 +54,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         FinetuneError: whatever keeps the run from being done.
     """
     going_on = RunDir.is_run(options.recipe)
-    recipe = load_recipe(
-        Path(options.recipe) / "recipe.yaml" if going_on else options.recipe, options.overrides
-    )
+    recipe = recipe_of(options.recipe, options.overrides)
     if not options.debug:
         quieten()
 
@@ -106,12 +104,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_directory(where: str, recipe: Recipe, state: Any) -> RunDir:
-    """A new run, or the one to go on with; the first process makes it and tells the others where."""
+    """A new run, or the one to go on with; the first process makes it and tells the others where.
+
+    What is found wrong before leaves no run behind.
+    """
     from accelerate.utils import broadcast_object_list
 
     path: list[str | None] = [None]
     if state.is_main_process:
-        run = RunDir.open(where) if RunDir.is_run(where) else RunDir.create(recipe)
+        if RunDir.is_run(where):
+            run = RunDir.open(where)
+        else:
+            require_ready(recipe)
+            run = RunDir.create(recipe)
         path = [str(run.path)]
     broadcast_object_list(path)
     return RunDir.open(str(path[0]))
@@ -140,13 +145,6 @@ def _stopped(run: RunDir, state: Any, what: str) -> dict[str, Any]:
     }
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, FinetuneError):
-        return str(error)
-    reason = (str(error) or "no reason given").splitlines()[0]
-    return f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where"
-
-
 @contextlib.contextmanager
 def _status_kept(run: RunDir, state: Any) -> Iterator[None]:
     """Let run.json say so when the run fails or is interrupted."""
@@ -158,7 +156,7 @@ def _status_kept(run: RunDir, state: Any) -> Iterator[None]:
         if state.is_main_process:
             # On a full disk this fails as well, and the first failure is the one to tell.
             with contextlib.suppress(FinetuneError):
-                run.update(status="failed", error=_sentence(error))
+                run.update(status="failed", error=sentence_of(error))
         raise
 
 

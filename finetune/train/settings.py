@@ -10,6 +10,7 @@ import torch
 
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
+from finetune.train.surroundings import wanted_packages
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -104,12 +105,7 @@ def training_arguments(recipe: Recipe, run: Path, plan: StepPlan, *, held_out: b
 
 
 def _require_packages(recipe: Recipe) -> None:
-    wanted = {}
-    if recipe.train.optimizer == "adamw_8bit":
-        wanted["bitsandbytes"] = ("train", "optimizer", "adamw_8bit")
-    if recipe.tracking.wandb != "off":
-        wanted["wandb"] = ("tracking", "wandb", recipe.tracking.wandb)
-    for package, (section, key, value) in wanted.items():
+    for package, (section, key, value) in wanted_packages(recipe).items():
         try:
             __import__(package)
         except ImportError as error:

@@ -33,6 +33,16 @@ def set_up_wandb(recipe: Recipe, run: Path) -> None:
     )
 
 
+def wanted_packages(recipe: Recipe) -> dict[str, tuple[str, str, str]]:
+    """Packages that only some recipes need, each with the section, key and value that ask for it."""
+    wanted = {}
+    if recipe.train.optimizer == "adamw_8bit":
+        wanted["bitsandbytes"] = ("train", "optimizer", "adamw_8bit")
+    if recipe.tracking.wandb != "off":
+        wanted["wandb"] = ("tracking", "wandb", recipe.tracking.wandb)
+    return wanted
+
+
 def quieten() -> None:
     """Keep the libraries' notices and bars off the screen; errors still show, --debug shows everything."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

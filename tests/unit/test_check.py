@@ -22,7 +22,7 @@ BAD = '{"messages": [{"role": "waiter", "content": "Hi"}]}\n'
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    write_random_checkpoint(tmp_path / "base")
+    write_random_checkpoint(tmp_path / "base", tokenizer="bytes")
     (tmp_path / "rows.jsonl").write_text(GOOD * 3)
     file = tmp_path / "recipe.yaml"
     file.write_text("name: small\nmodel: {base: base}\ndata: {train: [{path: rows.jsonl}]}\n")
@@ -91,9 +91,20 @@ def test_what_is_not_there_is_named_with_the_key_that_asks_for_it(
 def test_a_base_on_the_hub_is_not_fetched(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wanted = load_recipe(recipe, ["model.base=someone/some-model"])
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    base = check(load_recipe(recipe, ["model.base=someone/some-model"])).base
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    base = check(wanted).base
     assert (base.where, base.path) == ("someone/some-model", None)
+    # Half of it is here, as after a download that was cut short: the run fetches the rest.
+    config = tmp_path / "half" / "config.json"
+    config.parent.mkdir()
+    config.write_text((tmp_path / "base" / "config.json").read_text())
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(config))
+    assert check(wanted).base == base
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FinetuneError, match=r"neither model\.safetensors"):
+        check(wanted)
 
 
 def test_a_broken_checkpoint_is_refused(recipe: Path) -> None:

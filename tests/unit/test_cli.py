@@ -20,9 +20,10 @@ from finetune.cli import app
 from finetune.evaluate.summary import Summary
 from finetune.recipe import load_recipe
 from finetune.rundir import RunDir
+from tests.checkpoints import write_random_checkpoint
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)  # type: ignore[union-attr]
-SMALL = "name: small\nmodel: {base: nano}\ndata: {train: [{path: rows.jsonl}]}\n"
+SMALL = "name: small\nmodel: {base: base}\ndata: {train: [{path: rows.jsonl}]}\n"
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
 runner = CliRunner()
 
@@ -31,6 +32,7 @@ runner = CliRunner()
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(ROW)
+    write_random_checkpoint(tmp_path / "base", layers=1, tokenizer="bytes")
     file = tmp_path / "recipe.yaml"
     file.write_text(SMALL)
     return file

@@ -23,12 +23,11 @@ ROWS = [chat(f"question {number}", f"answer {number}") for number in range(30)]
 
 
 def test_a_data_file_is_printed_as_ids_and_mask_with_the_line_of_each_row(
-    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tokenizer: Path
 ) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n\n".join(json.dumps(row) for row in ROWS[:2]))
-    show_data(str(file), [], tokenizer=tokenizer, as_json=True)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = list(data_lines(str(file), [], tokenizer=tokenizer))
     assert [line["line"] for line in lines] == [1, 3]
     for line, number in zip(lines, (0, 1), strict=True):
         assert set(line) == {"line", "ids", "learn"}
@@ -65,12 +64,11 @@ def test_a_recipe_is_shown_with_its_own_settings(tmp_path: Path, tokenizer: Path
 
 
 def test_people_see_what_is_learned_the_lengths_and_what_was_left_out(
-    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     file = write_rows(tmp_path / "a.jsonl", [*ROWS, {"bad": 1}, chat("q", "[bold]" + "x" * 900)])
     overrides = ["data.bad_rows=skip", "data.max_tokens=800", "data.too_long=truncate", "data.held_out=0.1"]
-    show_data(str(file), overrides, tokenizer=tokenizer, rows=2)
+    show_data(str(file), overrides, cache_dir=tmp_path / "cache", tokenizer=tokenizer, rows=2)
     out = capsys.readouterr().out
     assert "<|start|>assistant⟦<|channel|>final<|message|>answer 1<|return|>⟧" in out
     assert "answer 2" not in out
