@@ -168,7 +168,8 @@ def evaluate(
 ) -> None:
     """Measure base against tuned: held-out loss, and every task of the recipe.
 
-    A model without a run is measured on --task alone, and takes changes to the eval section only.
+    A model without a run is measured on --task alone, and takes changes to the eval section only. In a run,
+    --task and --limit leave eval/summary.json as it is and write to a folder beside it.
     """
     with command(as_json, debug, libraries=True) as output:
         from rich.console import Console
@@ -230,15 +231,23 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Talk to a model; its reasoning is shown apart."""
-    with command(False, debug, libraries=True):
+    """Talk to a model; its reasoning is shown apart.
+
+    With --json, each line of standard input is a message, and each answer one object a line.
+    """
+    with command(as_json, debug, libraries=True) as output:
         from finetune.evaluate.prompts import Setting
         from finetune.evaluate.talk import Sampling, chat_command
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        chat_command(where, setting=Setting.read(system, effort, tools), sampling=sampling)
+        chat_command(
+            where,
+            setting=Setting.read(system, effort, tools),
+            sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+            emit=output.json if as_json else None,
+        )
 
 
 @app.command()

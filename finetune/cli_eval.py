@@ -21,25 +21,33 @@ def measure(
 ) -> Summary:
     """Evaluate `where`; the rows of `task` stand for the recipe's tasks.
 
+    What a run writes for a `task` or under a `limit` goes to a folder in eval/, beside the whole evaluation.
+
     Raises:
         FinetuneError: as `evaluate`, or an override that a model without a run has no use for.
     """
-    from finetune.evaluate.compare import evaluate
-    from finetune.evaluate.subject import find_run
+    from finetune.evaluate.subject import find_run, require_model
 
     changes = [*([_as_override(task, metric)] if task else []), *overrides]
+    require_model(where)
+    from finetune.evaluate.compare import evaluate
+
     if find_run(where):
-        return evaluate(where, overrides=changes, limit=limit)
+        aside = _name(task) if task else f"first-{limit}" if limit else None
+        return evaluate(where, overrides=changes, limit=limit, aside=aside)
     return evaluate(where, spec=_eval_section(changes), limit=limit)
 
 
 def _as_override(task: Path, metric: str) -> str:
     if not task.is_file():
         raise FinetuneError("there is no such file of questions", at=str(task))
-    # Results are filed under the task's name, so it keeps to what every file system takes.
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", task.stem).lstrip(".-_") or "task"
     # JSON is YAML.
-    return "eval.tasks=" + json.dumps([{"name": name, "path": str(task.resolve()), "metric": metric}])
+    return "eval.tasks=" + json.dumps([{"name": _name(task), "path": str(task.resolve()), "metric": metric}])
+
+
+def _name(task: Path) -> str:
+    """Results are filed under the task's name, so it keeps to what every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task.stem).lstrip(".-_") or "task"
 
 
 def _eval_section(changes: Sequence[str]) -> EvalSpec:

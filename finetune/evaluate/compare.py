@@ -35,6 +35,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     spec: EvalSpec | None = None,
     limit: int | None = None,
+    aside: str | None = None,
     console: Console | None = None,
 ) -> Summary:
     """Measure base and tuned model; writes eval/summary.json and eval/<task>.jsonl in the run.
@@ -45,6 +46,7 @@ def evaluate(
         overrides: changes to a run's recipe, `dotted.key=value`.
         spec: replaces the recipe's eval section.
         limit: at most so many questions of each task.
+        aside: a folder in eval/ to write to instead, which leaves the run's own evaluation as it is.
         console: where progress is shown; standard error unless given.
 
     Raises:
@@ -78,7 +80,7 @@ def evaluate(
     if run:
         inside = Path(where).resolve().parent
         folder = Path(where) / "eval" if inside.name == "checkpoints" else run.eval_dir
-        _write(folder, summary, questions, answers)
+        _write(folder / aside if aside else folder, summary, questions, answers)
     return summary
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune.chat.encode import HarmonyEncoder
+    from finetune.model import Place
     from finetune.rundir import RunDir
 
 Which = Literal["base", "tuned"]
@@ -41,6 +42,25 @@ class Subject:
             yield self.model
 
 
+def require_model(where: str | Path) -> Place:
+    """Where the model's files are, their headers checked: torch is not imported, which takes seconds.
+
+    Raises:
+        FinetuneError: nothing is there, a run has no adapter yet, or the checkpoint is broken.
+    """
+    from finetune.model import inspect_checkpoint, resolve
+    from finetune.model.places import ADAPTER_FILE
+    from finetune.rundir import RunDir
+
+    if RunDir.is_run(where) and not (RunDir.open(where).adapter / ADAPTER_FILE).is_file():
+        raise FinetuneError(
+            f"this run has no adapter yet; finetune train {where} goes on with it", at=str(where)
+        )
+    place = resolve(where)
+    inspect_checkpoint(place.base)
+    return place
+
+
 def load_encoder(where: str | Path) -> HarmonyEncoder:
     """The tokenizer of the model that `where` names; loads no weights."""
     from finetune.chat.encode import HarmonyEncoder
@@ -57,16 +77,13 @@ def load_subject(where: str | Path) -> Subject:
     Raises:
         FinetuneError: nothing is there, a run has no adapter yet, or the adapter belongs to another base.
     """
+    require_model(where)
     import torch
     from peft import PeftModel
 
-    from finetune.model import load_model, resolve
+    from finetune.model import load_model
 
     run = find_run(where)
-    if run and resolve(where).adapter is None:
-        raise FinetuneError(
-            f"this run has no adapter yet; finetune train {where} goes on with it", at=str(where)
-        )
     dtype = torch.float32 if run and run.recipe().model.dense == "float32" else None
     model, _ = load_model(where, dtype=dtype)
     return Subject(model, load_encoder(where), isinstance(model, PeftModel))

@@ -55,9 +55,11 @@ def generate_command(
     if not prompts and file is None and not sys.stdin.isatty():
         prompts = [text] if (text := sys.stdin.read().strip()) else []
     asked = read_prompts(prompts, file, setting or Setting())
-    # Only now: the libraries behind these take seconds to import.
+    from finetune.evaluate.subject import load_subject, require_model
+
+    require_model(where)
+    # Only now: the libraries behind this take seconds to import.
     from finetune.evaluate.generation import generate
-    from finetune.evaluate.subject import load_subject
 
     subject = load_subject(where)
     ids = [subject.encoder.prompt_ids(conversation) for conversation in asked]
@@ -91,10 +93,14 @@ def chat_command(
     *,
     setting: Setting | None = None,
     sampling: Sampling | None = None,
+    emit: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
     read: Callable[[str], str] = input,
 ) -> None:
     """Talk to a model until `/quit` or the end of input; see HELP for what can be typed.
+
+    Each answer is shown as it comes, or goes to `emit` as {prompt, thinking, content, tool_calls, ended,
+    tokens} when it is whole.
 
     Raises:
         FinetuneError: the model does not load.
@@ -103,7 +109,7 @@ def chat_command(
 
     console = console or Console(highlight=False)
     subject = load_subject(where)
-    chat = Chat(subject, console, setting or Setting(), sampling or Sampling(512, temperature=0.7))
+    chat = Chat(subject, console, setting or Setting(), sampling or Sampling(512, temperature=0.7), emit)
     console.print(f"{where} · {chat.which} · {HELP}", style="dim", markup=False)
     while True:
         try:
@@ -126,6 +132,7 @@ class Chat:
     console: Console
     setting: Setting
     sampling: Sampling
+    emit: Callable[[dict[str, Any]], None] | None = None
     conversation: Conversation = field(init=False)
     which: Which = field(init=False)
 
@@ -185,12 +192,17 @@ class Chat:
 
         def show(token: int) -> None:
             for delta in parser.feed(token):
-                printer.write(delta)
+                if not self.emit:
+                    printer.write(delta)
 
         with self.subject.acting_as(self.which) as model:
-            generate_streaming(model, self.subject.encoder, prompt, on_token=show, **options)
+            ids = generate_streaming(model, self.subject.encoder, prompt, on_token=show, **options)
         completion = parser.finish()
-        printer.end(completion)
+        if self.emit:
+            asked = self.conversation.messages[-1].content
+            self.emit({"prompt": asked, **completion_to_dict(completion, len(ids))})
+        else:
+            printer.end(completion)
         self._add(*completion.messages)
         return completion
 

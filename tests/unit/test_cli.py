@@ -58,11 +58,10 @@ assert not heavy, heavy
     assert took < 3
 
 
-def test_every_command_can_show_a_traceback_and_all_but_chat_speak_json() -> None:
+def test_every_command_can_show_a_traceback_and_speaks_json() -> None:
     for name in COMMANDS:
         help_text = runner.invoke(app, [name, "--help"]).output
-        assert "--debug" in help_text
-        assert ("--json" in help_text) == (name != "chat")
+        assert "--debug" in help_text and "--json" in help_text
 
 
 def test_a_starter_recipe_can_be_checked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +237,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return Summary(1.5, 0.5, {})
 
     monkeypatch.setattr("finetune.evaluate.compare.evaluate", evaluate)
+    monkeypatch.setattr("finetune.evaluate.subject.require_model", lambda where: None)
     return asked
 
 
@@ -250,7 +250,7 @@ def test_eval_measures_a_run_by_its_recipe_and_the_changes_to_it(
     assert json.loads(result.stdout) == {"held_out_loss": {"base": 1.5, "tuned": 0.5}, "tasks": {}}
     (asked,) = measured
     changed = load_recipe(recipe, asked["overrides"]).eval
-    assert (changed.max_new_tokens, asked["limit"]) == (9, 3)
+    assert (changed.max_new_tokens, asked["limit"], asked["aside"]) == (9, 3, "rows")
     assert [(t.name, t.metric, t.path) for t in changed.tasks] == [
         ("rows", "number", str(recipe.parent / "rows.jsonl"))
     ]

@@ -131,6 +131,13 @@ def test_rows_without_an_answer_are_told_of(run: RunDir, tmp_path: Path) -> None
     assert "t: 1 of 2 rows end in no answer" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_measurement_aside_leaves_the_whole_evaluation_as_it_is(run: RunDir) -> None:
+    (run.eval_dir / "summary.json").write_text("{}")
+    summary = evaluate(run.path, limit=1, aside="first-1", console=quiet())
+    assert (run.eval_dir / "summary.json").read_text() == "{}"
+    assert json.loads((run.eval_dir / "first-1" / "summary.json").read_text()) == summary.to_dict()
+
+
 def test_a_checkpoint_of_a_run_is_measured_beside_itself(run: RunDir) -> None:
     checkpoint = run.path / "checkpoints" / "step-000002"
     shutil.copytree(run.adapter, checkpoint)
@@ -246,6 +253,18 @@ def test_chat_asks_for_the_result_of_a_tool_call_and_goes_on(
     shown, prompts = chat(run, monkeypatch, ["how warm?", "20 degrees"], [CALL, SAY])
     assert "functions.weather" in shown and "weather returns> " in shown
     assert "20 degrees" in prompts[1] and "hm" in prompts[1], "thinking of the unfinished turn stays"
+
+
+def test_chat_can_give_each_answer_as_an_object_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = HarmonyEncoder.from_dir(Path(run.recipe().model.base))
+    monkeypatch.setattr("finetune.evaluate.generation.generate_streaming", Scripted(encoder, [CALL, SAY]))
+    typed, got = iter(["how warm?", "20 degrees", "/quit"]), list[dict[str, Any]]()
+    console = Console(file=io.StringIO(), width=100)
+    talk.chat_command(run.path, emit=got.append, console=console, read=lambda _: next(typed))
+    assert [line["prompt"] for line in got] == ["how warm?", "20 degrees"]
+    assert [line["ended"] for line in got] == ["call", "return"]
+    assert (got[1]["thinking"], got[1]["content"]) == ("hm", "Hello [you]!")
+    assert "Hello" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_interrupted_answer_takes_the_message_back(run: RunDir) -> None:
