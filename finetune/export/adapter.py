@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -14,44 +13,24 @@ from safetensors.torch import load_file, save
 from finetune.errors import FinetuneError
 from finetune.export.bundle import copy_companions, new_directory, write_manifest
 from finetune.export.card import model_card
-from finetune.export.peft_files import CONFIG, WEIGHTS, Adapter, Sizes, check, complete, expert_deltas
-from finetune.model import fingerprint
+from finetune.export.peft_files import CONFIG, WEIGHTS, Adapter
+from finetune.export.subject import Subject
 from finetune.model.places import BASE_RECORD
 
-if TYPE_CHECKING:
-    from finetune.rundir import RunDir
 
-
-@dataclass(frozen=True)
-class Base:
-    """The model that an adapter belongs to: as the user named it, and where its files are."""
-
-    name: str
-    path: Path
-
-
-def export_adapter(
-    adapter_dir: Path, base: Base, out: Path, *, run: RunDir | None = None, force: bool = False
-) -> dict[str, Any]:
+def export_adapter(subject: Subject, out: Path, *, force: bool = False) -> dict[str, Any]:
     """Write the adapter directory `out` and return what its finetune_export.json says.
 
     The tensors are those that were trained, bit for bit (read back and compared); both expert parameters are
     there whenever the adapter learns experts. An adapter of attention alone is exported as that.
 
     Raises:
-        FinetuneError: the adapter is missing, of another base, unfit or changes no expert; `out` is there.
+        FinetuneError: there is no adapter, or `out` is there.
     """
-    mark = fingerprint(base.path)
-    _check_base(adapter_dir, base, mark)
-    sizes = Sizes.of(base.path)
-    trained = Adapter.read(adapter_dir)
-    check(trained, sizes, adapter_dir)
-    adapter = complete(trained, sizes)
-    deltas = expert_deltas(adapter, sizes.experts)
-    if adapter.learns_experts and not deltas.any():
-        raise FinetuneError(
-            "this adapter changes no expert: the deltas of all experts are zero", at=str(adapter_dir)
-        )
+    base, tuned = subject.base, subject.tuned
+    if tuned is None:
+        raise FinetuneError("there is no finished adapter here", at=base.name)
+    adapter, trained = tuned.adapter, tuned.trained
     with new_directory(out, force=force) as folder:
         alpha = float(adapter.config["lora_alpha"])
         config = {
@@ -63,36 +42,17 @@ def export_adapter(
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if adapter is trained:
-            shutil.copyfile(adapter_dir / WEIGHTS, folder / WEIGHTS)
+            shutil.copyfile(tuned.folder / WEIGHTS, folder / WEIGHTS)
         else:
             # Written by Python, not by safetensors: a full disk is then an OSError, which gets its sentence.
             (folder / WEIGHTS).write_bytes(save(adapter.tensors, metadata={"format": "pt"}))
-        record = {"where": base.name, "fingerprint": mark}
+        record = {"where": base.name, "fingerprint": subject.fingerprint}
         (folder / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         copy_companions(base.path, folder)
-        (folder / "README.md").write_text(model_card(adapter, base.name, mark, run), encoding="utf-8")
-        facts = {
-            "format": "adapter",
-            "source": {"run": run.path.name if run else None, "adapter": adapter_dir.name},
-            "base": {"name": base.name, "fingerprint": mark},
-            "proof": _proof(trained, adapter, folder, deltas),
-        }
+        (folder / "README.md").write_text(model_card(subject), encoding="utf-8")
+        proof = _proof(trained, adapter, folder, tuned.deltas)
+        facts = {"format": "adapter", **subject.facts(), "proof": proof}
         return write_manifest(folder, facts)
-
-
-def _check_base(adapter_dir: Path, base: Base, mark: str) -> None:
-    """Our adapters record the fingerprint of their base; of a stock PEFT adapter the sizes alone can tell."""
-    file = adapter_dir / BASE_RECORD
-    if not file.is_file():
-        return
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FinetuneError(
-            f"the record of the adapter's base cannot be read: {error!r}", at=str(file)
-        ) from error
-    if recorded != mark:
-        raise FinetuneError(f"this adapter was trained on another base than {base.name}", at=str(adapter_dir))
 
 
 def _proof(trained: Adapter, adapter: Adapter, folder: Path, deltas: torch.Tensor) -> dict[str, Any]:

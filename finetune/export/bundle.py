@@ -23,8 +23,10 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USAGE_POLICY*")
 
 
 @contextmanager
-def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
+def new_directory(out: Path, *, force: bool, resume: str | None = None) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and is removed when it does not.
+
+    `resume` says what is written: what a killed export of the same left behind is then found in the folder.
 
     Raises:
         FinetuneError: `out` exists and `force` is off, or it cannot be written.
@@ -34,11 +36,14 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
         raise FinetuneError(
             "this exists already; choose another folder or use --force to replace it", at=str(out)
         )
-    part, old = (out.with_name(f".{out.name}.{what}") for what in ("part", "old"))
+    part, old, mark = (out.with_name(f".{out.name}.{what}") for what in ("part", "old", "mark"))
     with writing(out):
-        for leftover in (part, old):
-            _remove(leftover)
-        part.mkdir(parents=True)
+        _remove(old)
+        if resume is None or not mark.is_file() or mark.read_text(encoding="utf-8") != resume:
+            _remove(part)
+        part.mkdir(parents=True, exist_ok=True)
+        if resume is not None:
+            mark.write_text(resume, encoding="utf-8")
     try:
         with writing(out):
             yield part
@@ -48,6 +53,7 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
             _remove(old)
     finally:
         _remove(part)
+        mark.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -10,41 +10,51 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 if TYPE_CHECKING:
-    from finetune.export.peft_files import Adapter
+    from finetune.export.subject import Subject
     from finetune.rundir import RunDir
 
 # The values that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def model_card(adapter: Adapter, base: str, mark: str, run: RunDir | None) -> str:
-    """README.md with the metadata that the Hugging Face hub reads."""
-    title = run.recipe().name if run else "adapter"
+def model_card(subject: Subject, use: str | None = None, *, whole: bool = False) -> str:
+    """README.md with the metadata that the Hugging Face hub reads.
+
+    `use` says how to load it, unless it is in PEFT's layout; `whole` whether this is a model, not an adapter.
+    """
+    run, base = subject.run, subject.base.name
     shown = str(_without_folders(base))
-    parts = [_metadata(base), f"# {title}\n", _what(adapter, shown, mark)]
+    title = run.recipe().name if run else (shown if whole else "adapter")
+    parts = [_metadata(base, lora=not whole), f"# {title}\n", _what(subject, shown, whole=whole)]
     if run:
         parts += [_data(run), _measured(run), _recipe(run)]
-    parts.append(_use(adapter, shown, title))
+    parts.append(f"## Use\n\n{use}" if use else _use(subject, shown, title))
     return "\n".join(part for part in parts if part)
 
 
-def _metadata(base: str) -> str:
+def _metadata(base: str, *, lora: bool) -> str:
     # A path on this machine is no use to others, and the hub rejects what is not an id.
     named = f"base_model: {base}\n" if _is_hub_id(base) else ""
-    return f"---\nlicense: apache-2.0\nlibrary_name: peft\n{named}tags: [lora, gpt-oss, finetune]\n---\n"
+    kind, tags = ("library_name: peft\n", "lora, ") if lora else ("", "")
+    return f"---\nlicense: apache-2.0\n{kind}{named}tags: [{tags}gpt-oss, finetune]\n---\n"
 
 
 def _is_hub_id(base: str) -> bool:
     return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
 
 
-def _what(adapter: Adapter, base: str, mark: str) -> str:
+def _what(subject: Subject, base: str, *, whole: bool) -> str:
+    mark = subject.fingerprint
+    if subject.tuned is None:
+        return f"The weights of `{base}` (fingerprint `{mark}`) in another layout.\n"
+    adapter = subject.tuned.adapter
     config = adapter.config
     names = sorted([*(config.get("target_modules") or []), *(config.get("target_parameters") or [])])
     targets = ", ".join(f"`{name}`" for name in names)
     kind = "rank-stabilised LoRA" if config.get("use_rslora") else "LoRA"
+    start = f"`{base}` with a {kind} adapter merged in" if whole else f"A {kind} adapter for `{base}`"
     return (
-        f"A {kind} adapter for `{base}` (fingerprint `{mark}`), rank {adapter.rank}, "
+        f"{start} (fingerprint of the base `{mark}`), rank {adapter.rank}, "
         f"alpha {config['lora_alpha']}, on {targets}.\n"
     )
 
@@ -94,8 +104,9 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _use(adapter: Adapter, base: str, title: str) -> str:
-    rank = next((rank for rank in VLLM_RANKS if rank >= adapter.rank), VLLM_RANKS[-1])
+def _use(subject: Subject, base: str, title: str) -> str:
+    adapter_rank = subject.tuned.adapter.rank if subject.tuned else 1
+    rank = next((rank for rank in VLLM_RANKS if rank >= adapter_rank), VLLM_RANKS[-1])
     return f"""## Use
 
 ```python

@@ -27,6 +27,11 @@ class Deltas:
 
     def dense(self, name: str) -> Tensor | None:
         """scale * B A `[out, in]` of a weight such as `model.layers.0.self_attn.q_proj.weight`."""
+        found = self.dense_factors(name)
+        return None if found is None else found.b @ found.a
+
+    def dense_factors(self, name: str) -> Factors | None:
+        """`a [r, in]` and `b [out, r]`, which holds the scale, of such a weight."""
         layer, part = _split(name)
         found = self._factors(layer, DENSE.get(part))
         if found is None:
@@ -34,7 +39,7 @@ class Deltas:
         a, b = found
         # PEFT names a router, whose parameter it wraps, with `.weight` and a linear layer without.
         module = name if part == "mlp.router.weight" else name.removesuffix(".weight")
-        return (b @ a) * scale_of(self._adapter.config, module, a.shape[0])
+        return Factors(a, b * scale_of(self._adapter.config, module, a.shape[0]))
 
     def experts(self, name: str) -> Factors | None:
         """`a [E, r, in]` and `b [E, out, r]`, which holds the scale, of an expert parameter.

@@ -183,7 +183,7 @@ class EvalSpec(Spec):
 class ExportSpec(Spec):
     """The formats that are written after training; an empty list writes none."""
 
-    formats: list[Literal["adapter"]] = ["adapter"]
+    formats: list[Literal["adapter", "bf16", "gguf-lora", "sglang-lora"]] = ["adapter"]
 
 
 class TrackingSpec(Spec):
@@ -223,6 +223,8 @@ class Recipe(Spec):
                     raise mistake(
                         f"eval.tasks.{index}.path", "there are no held-out rows: data.held_out is 0"
                     )
+        if "sglang-lora" in self.export.formats and "router" in self.lora.targets:
+            raise mistake("export.formats", "SGLang has no LoRA on the router, which lora.targets names")
         return self
 
     @property

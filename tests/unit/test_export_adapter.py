@@ -206,8 +206,8 @@ def test_a_trained_output_head_is_refused(adapter: Path, tmp_path: Path) -> None
 
 
 def test_an_unknown_format_and_a_missing_adapter_are_named(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(FinetuneError, match="'gguf'; known are adapter"):
-        export(base, "gguf", tmp_path / "out")
+    with pytest.raises(FinetuneError, match="'gguf2'; known are adapter"):
+        export(base, "gguf2", tmp_path / "out")
     with pytest.raises(FinetuneError, match="no finished adapter"):
         export(base, "adapter", tmp_path / "out")
 

@@ -1,0 +1,174 @@
+"""GGUF, as llama.cpp, Ollama and LM Studio load it: MXFP4 experts re-laid out without loss, the rest bf16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.errors import FinetuneError
+from finetune.export.dialect import released_config
+from finetune.export.gguf_layout import EXPERTS, LAYER, TOP, in_bf16, pack_rows
+from finetune.export.gguf_words import add_sizes, add_tokenizer, check_fits
+from finetune.export.subject import Subject
+from finetune.export.tensors import Checkpoint, as_bytes, spans
+from finetune.model.mxfp4 import dequantise_mxfp4
+
+Kind = gguf.GGMLQuantizationType
+FILE = "model.gguf"
+USE = f"""```
+llama-server -m {FILE} --jinja
+```
+
+llama.cpp rounds YaRN's correction range to whole dimensions (it has no `truncate: false`), so its logits
+differ a little from those of transformers and vLLM whatever the file.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file; `shape` in numpy's order, `pieces` give its bytes, rows first."""
+
+    name: str
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // int(per_block) * int(bytes_per_block)
+
+
+def write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
+    """Write `folder`/model.gguf; returns the figures of the proof.
+
+    Raises:
+        FinetuneError: no tokenizer, a configuration that llama.cpp cannot run, or a wrong read-back.
+    """
+    checkpoint = Checkpoint(subject.base.path)
+    config = released_config(checkpoint.config, packed=checkpoint.info.kind == "mxfp4")
+    check_fits(config, subject.base.name)
+    writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT_OSS])
+    title = subject.base.path.resolve().name
+    add_sizes(writer, config, title, packed=checkpoint.info.kind == "mxfp4")
+    pattern = add_tokenizer(writer, subject.base.path, config["vocab_size"])
+    entries = list(plan(checkpoint))
+    write_file(writer, folder / FILE, entries)
+    proof = {"tensors": len(entries), "tokenizer_pattern": pattern}
+    return {**proof, "values_read_back": _prove(checkpoint, folder / FILE)}
+
+
+def write_file(writer: gguf.GGUFWriter, file: Path, entries: list[Entry]) -> None:
+    """The writer's metadata, then the tensors, none of which is ever whole in memory."""
+    for entry in entries:
+        # The type that matters is the third; numpy has none for bf16 and MXFP4.
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, entry.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    alignment = writer.data_alignment
+    writer.close()
+    with file.open("ab") as stream:
+        for entry in entries:
+            stream.write(bytes(-stream.tell() % alignment))
+            start = stream.tell()
+            for piece in entry.pieces():
+                stream.write(as_bytes(piece.contiguous()))
+            if stream.tell() - start != entry.bytes:
+                raise FinetuneError(f"{entry.name} came out with the wrong size", at=str(file))
+        stream.write(bytes(-stream.tell() % alignment))
+
+
+def plan(checkpoint: Checkpoint) -> Iterator[Entry]:
+    """Every tensor of the file."""
+    for name, released in TOP.items():
+        yield _dense(checkpoint, name, released)
+    for layer in range(checkpoint.info.layers):
+        block, here = f"blk.{layer}.", f"model.layers.{layer}."
+        for name, released in LAYER.items():
+            yield _dense(checkpoint, block + name, here + released)
+        for name, (parameter, rows) in EXPERTS.items():
+            yield _experts(checkpoint, f"{block}{name}.weight", here + parameter, rows)
+            yield _bias(checkpoint, f"{block}{name}.bias", f"{here}{parameter}_bias", rows)
+
+
+def _dense(checkpoint: Checkpoint, name: str, released: str) -> Entry:
+    shape = checkpoint.shape(released)
+    kind, dtype = (Kind.BF16, torch.bfloat16) if in_bf16(name) else (Kind.F32, torch.float32)
+
+    def pieces() -> Iterator[Tensor]:
+        for first, last in spans(shape, 4):
+            yield checkpoint.read(released, first, last).to(dtype)
+
+    return Entry(name, kind, shape, pieces)
+
+
+def _bias(checkpoint: Checkpoint, name: str, released: str, rows: slice) -> Entry:
+    experts, width = checkpoint.shape(released)
+
+    def pieces() -> Iterator[Tensor]:
+        yield checkpoint.read(released)[:, rows].float()
+
+    return Entry(name, Kind.F32, (experts, len(range(width)[rows])), pieces)
+
+
+def _experts(checkpoint: Checkpoint, name: str, released: str, rows: slice) -> Entry:
+    packed = checkpoint.info.kind == "mxfp4"
+    if packed:
+        experts, outputs, blocks = checkpoint.shape(f"{released}_scales")
+        inputs = blocks * gguf.GGML_QUANT_SIZES[Kind.MXFP4][0]
+    else:
+        experts, inputs, outputs = checkpoint.shape(released)
+
+    def pieces() -> Iterator[Tensor]:
+        for number in range(experts):
+            span = number, number + 1
+            if packed:
+                blocks, scales = checkpoint.read_packed(released, *span)
+                yield pack_rows(blocks[0, rows], scales[0, rows])
+            else:
+                yield checkpoint.read(released, *span)[0].mT[rows].to(torch.bfloat16)
+
+    shape = experts, len(range(outputs)[rows]), inputs
+    return Entry(name, Kind.MXFP4 if packed else Kind.BF16, shape, pieces)
+
+
+def _prove(checkpoint: Checkpoint, file: Path) -> int:
+    """First and last row or expert of every tensor, as the gguf package decodes it; how many values."""
+    compared = 0
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, tensor in stored.items():
+        for index in {0, tensor.data.shape[0] - 1}:
+            found = gguf.quants.dequantize(np.asarray(tensor.data[index : index + 1]), tensor.tensor_type)
+            expected = _expected(checkpoint, name, index)
+            if not np.array_equal(found, expected.numpy()):
+                raise FinetuneError(f"{name} read back is not what was exported", at=str(file))
+            compared += found.size
+    return compared
+
+
+def _expected(checkpoint: Checkpoint, name: str, index: int) -> Tensor:
+    """One row, or one expert, of GGUF's tensor `name` from the checkpoint, float32 with a leading 1."""
+    span = index, index + 1
+    if name in TOP:
+        return checkpoint.read(TOP[name], *span).float()
+    _, layer, rest = name.split(".", 2)
+    here = f"model.layers.{layer}."
+    if rest in LAYER:
+        return checkpoint.read(here + LAYER[rest], *span).float()
+    stem, part = rest.split(".")
+    parameter, rows = EXPERTS[stem]
+    if part == "bias":
+        return checkpoint.read(f"{here}{parameter}_bias", *span).float()[:, rows]
+    if checkpoint.info.kind == "mxfp4":
+        blocks, scales = checkpoint.read_packed(here + parameter, *span)
+        return dequantise_mxfp4(blocks, scales, torch.float32)[:, rows]
+    return checkpoint.read(here + parameter, *span).mT[:, rows].float()
