@@ -252,9 +252,18 @@ def chat(
 
 @app.command()
 def export(
-    where: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter directory.")],
+    where: Annotated[
+        str, typer.Argument(metavar="RUN|ADAPTER|CHECKPOINT", help="A run, an adapter directory or a model.")
+    ],
     out: Annotated[Path, typer.Option(help="The directory to write.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="adapter: PEFT's own layout.")] = "adapter",
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="adapter (PEFT's own layout), bf16 (merged), gguf-lora or sglang-lora; "
+            "of a model without an adapter: bf16, gguf or openai.",
+        ),
+    ] = "adapter",
     base: Annotated[
         str | None, typer.Option(help="The base of a bare adapter: a directory, a hub id or nano.")
     ] = None,
@@ -271,6 +280,38 @@ def export(
             output.json(facts)
         else:
             typer.echo(f"wrote {out} ({to}); what was checked is in {out / 'finetune_export.json'}")
+
+
+@app.command()
+def verify(
+    where: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|ADAPTER|CHECKPOINT", help="What it was made from, where that is not found."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rows to ask about; the run's held-out rows if not given."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Load an export with another program and compare it with the tuned model: logits and greedy tokens."""
+    with command(as_json, debug, libraries=True) as output:
+        from rich.console import Console
+
+        from finetune.cli_export import show_verdict
+        from finetune.export.verify import verify as compare
+
+        verdict = compare(where, against=against, data=data)
+        if as_json:
+            output.json(verdict.to_dict())
+        else:
+            show_verdict(verdict, Console())
+        if not verdict.passed:
+            raise typer.Exit(1)
 
 
 @app.command()
