@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 
@@ -124,30 +122,41 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
     if not (path / ADAPTER_FILE).is_file():
         raise FinetuneError(f"no adapter here ({ADAPTER_FILE} is missing)", at=str(path))
     _check_base(path, base)
-    try:
-        config = LoraConfig.from_pretrained(str(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise FinetuneError(
-            f"adapter_config.json is not a readable LoRA configuration ({error})", at=str(path)
-        ) from None
+    config = _read_config(path)
     config.inference_mode = not trainable
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(
-                model, str(path), config=with_our_wrapper(config), is_trainable=trainable
-            )
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        adapted = PeftModelForCausalLM(model, with_our_wrapper(config))
+        loaded = adapted.load_adapter(str(path), "default", is_trainable=trainable)
+    except Exception as error:  # PEFT raises whatever its code meets in a configuration it does not expect
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        # torch lists what does not fit below a heading.
+        reason = lines[1].strip() if lines[0].endswith(":") and len(lines) > 1 else lines[0]
         raise FinetuneError(f"the adapter does not load on this base ({reason})", at=str(path)) from None
-    # PEFT only warns when the file lacks a weight the configuration asks for, and goes on with a fresh one.
-    for warning in caught:
-        if "missing" in str(warning.message).lower():
-            raise FinetuneError("the adapter's file lacks weights that its configuration names", at=str(path))
+    # PEFT would go on with fresh weights for the missing ones, and without those it has no place for.
+    if loaded.missing_keys:
+        sentence = f"the adapter's file lacks '{loaded.missing_keys[0]}', which its configuration asks for"
+        raise FinetuneError(sentence, at=str(path))
+    if loaded.unexpected_keys:
+        sentence = f"the adapter's file has '{loaded.unexpected_keys[0]}', which has no place on this base"
+        raise FinetuneError(sentence, at=str(path))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _read_config(adapter: Path) -> LoraConfig:
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise FinetuneError(f"no adapter here ({file.name} is missing)", at=str(adapter))
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+    except Exception as error:  # PEFT raises whatever its code meets in a value it does not expect
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FinetuneError(f"not a readable LoRA configuration ({reason})", at=str(file)) from None
+    if not isinstance(config, LoraConfig):
+        raise FinetuneError("this is an adapter of another kind than LoRA", at=str(file))
+    return config
 
 
 def _check_base(adapter: Path, base: Path) -> None:
@@ -178,7 +187,8 @@ class CoverageCheck:
     """Proof from the run itself that the adapter learns everywhere it should.
 
     Every expert to which a token sent a gradient must have a non-zero gradient in `lora_B` at the first
-    optimiser step, and, now that `lora_B` is no longer zero, in `lora_A` at the second.
+    optimiser step and in `lora_A` at the second. There an expert that the first step did not reach is let
+    off: its `lora_B` is still zero, which makes the gradient of its `lora_A` zero.
     """
 
     LAST_STEP = 2
@@ -206,7 +216,9 @@ class CoverageCheck:
         for name, wrapper in self._wrappers:
             live = wrapper.get_base_layer().live_experts
             reached += int(live.sum())
-            silent = live & ~_experts_with_gradient(wrapper, factor)
+            silent = live & ~_experts_with(wrapper, factor, "grad")
+            if factor == "lora_A":
+                silent &= _experts_with(wrapper, "lora_B", "data")
             if silent.any():
                 first = int(silent.nonzero()[0])
                 sentence = f"{factor} of expert {first} in {name} has no gradient at step {step}"
@@ -215,18 +227,17 @@ class CoverageCheck:
         for name, parameter in self._dense:
             if factor in name and (parameter.grad is None or not parameter.grad.any()):
                 raise FinetuneError(f"{name} has no gradient at step {step}, so the run stops")
-        if step >= self.LAST_STEP:
-            for experts in self._experts():
-                experts.watch_gradients(False)
+        for experts in self._experts():
+            experts.watch_gradients(step < self.LAST_STEP)
         return {"experts": sum(wrapper.num_experts for _, wrapper in self._wrappers), "reached": reached}
 
 
-def _experts_with_gradient(wrapper: Any, factor: str) -> Tensor:
-    """`[E]` bool: whether any entry of an expert's factor has a gradient."""
+def _experts_with(wrapper: Any, factor: str, what: Literal["data", "grad"]) -> Tensor:
+    """`[E]` bool: whether any entry of an expert's factor, or of its gradient, is not zero."""
     weight = getattr(wrapper, factor)["default"].weight
-    if weight.grad is None:
+    values: Tensor | None = getattr(weight, what)
+    if values is None:
         return torch.zeros(wrapper.num_experts, dtype=torch.bool, device=weight.device)
-    gradient: Tensor = weight.grad
     if factor == "lora_A":  # [E * r, in], expert slowest
-        return gradient.view(wrapper.num_experts, -1).any(1)
-    return gradient.view(-1, wrapper.num_experts).any(0)  # [out, r * E], expert fastest
+        return values.view(wrapper.num_experts, -1).any(1)
+    return values.view(-1, wrapper.num_experts).any(0)  # [out, r * E], expert fastest

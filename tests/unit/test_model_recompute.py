@@ -1,0 +1,107 @@
+"""Gradient checkpointing changes what is kept, not what is learned, and never runs the experts twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.model import add_lora
+from finetune.model import experts as experts_module
+from finetune.model.mxfp4 import dequantise_mxfp4
+from tests.checkpoints import write_random_checkpoint
+from tests.model_kit import our_model, random_ids, relative_error
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "base", layers=LAYERS)
+
+
+def model_in_training(base: Path, dtype: torch.dtype, checkpointing: dict[str, Any] | None) -> Any:
+    torch.manual_seed(0)
+    targets = ["attention", "experts", "router"]
+    model = add_lora(our_model(base, dtype), rank=4, alpha=8, targets=targets).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        model.enable_input_require_grads()
+    return model
+
+
+def loss_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of two packed documents."""
+    ids = random_ids(1, 60)
+    where = torch.cat([torch.arange(25), torch.arange(35)]).unsqueeze(0)
+    loss = model(ids, position_ids=where, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensor-hooks", "reentrant"])
+def test_loss_and_gradients_are_those_without_checkpointing(
+    base: Path, dtype: torch.dtype, reentrant: bool
+) -> None:
+    plain_loss, plain = loss_and_gradients(model_in_training(base, dtype, None))
+    loss, gradients = loss_and_gradients(model_in_training(base, dtype, {"use_reentrant": reentrant}))
+    assert loss == plain_loss
+    assert gradients.keys() == plain.keys() and len(plain) == LAYERS * (8 + 4 + 2)
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        # The same operations on the same numbers, but sums of gradients may be taken in another order.
+        assert relative_error(gradient, plain[name]) < (1e-6 if dtype == torch.float32 else 2**-8), name
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_experts_are_decoded_exactly_twice_a_step(
+    base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: dict[str, Any] | None
+) -> None:
+    model = model_in_training(base, torch.float32, checkpointing)
+    decoded: list[Tensor] = []
+
+    def count(blocks: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        decoded.append(blocks)
+        return dequantise_mxfp4(blocks, *arguments, **named)
+
+    monkeypatch.setattr(experts_module, "dequantise_mxfp4", count)
+    loss_and_gradients(model)
+    each = {blocks.data_ptr() for blocks in decoded}
+    assert len(each) == LAYERS * 2  # all experts of a projection in one group
+    assert len(decoded) == 2 * len(each)
+
+
+def test_checkpointing_keeps_less(base: Path) -> None:
+    kept = {}
+    for name, checkpointing in (("plain", None), ("selective", {"use_reentrant": False})):
+        model = model_in_training(base, torch.float32, checkpointing)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        ids = random_ids(1, 60)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(ids, labels=ids, use_cache=False)
+        kept[name] = sum(size for where, size in sizes.items() if where not in weights)
+    assert kept["selective"] < 0.6 * kept["plain"]
+
+
+def test_generation_after_training_uses_its_cache(base: Path) -> None:
+    model = model_in_training(base, torch.float32, {"use_reentrant": False})
+    ids = random_ids(1, 12)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    fresh = model_in_training(base, torch.float32, None).eval()
+    assert torch.equal(
+        fresh.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings), expected
+    )
