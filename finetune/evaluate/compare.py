@@ -67,6 +67,8 @@ def evaluate(
     # Rows first: a bad task is found before minutes go into loading weights.
     questions = {task.name: read_questions(task, recipe, limit, notes.append) for task in spec.tasks}
     packs = _held_out(recipe, load_encoder(where), run) if recipe and run else None
+    if not questions and packs is None:
+        raise FinetuneError("there is nothing to measure: no task, and no rows were held out", at=str(where))
     subject = load_subject(where)
     with _progress(console) as progress:
         for note in notes:

@@ -36,11 +36,9 @@ class Setting:
         if tools is None:
             return cls(system, effort)
         try:
-            return cls(system, effort, read_tools(tools.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise FinetuneError(f"this file cannot be read: {error.strerror}", at=str(tools)) from error
+            return cls(system, effort, read_tools(_text(tools)))
         except FinetuneError as error:
-            raise FinetuneError(error.sentence, at=str(tools)) from None
+            raise FinetuneError(error.sentence, at=error.at or str(tools)) from None
 
     def conversation(self, text: str) -> Conversation:
         before = (Message("developer", self.system),) if self.system else ()
@@ -56,9 +54,7 @@ def read_prompts(texts: Sequence[str], file: Path | None, setting: Setting) -> l
     """
     prompts = [setting.conversation(text) for text in texts]
     if file is not None and file.suffix == ".txt":
-        if not file.is_file():
-            raise FinetuneError("there is no such file", at=str(file))
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = _text(file).splitlines()
         prompts += [setting.conversation(line) for line in lines if line.strip()]
     elif file is not None:
         from finetune.data import read_rows
@@ -68,6 +64,17 @@ def read_prompts(texts: Sequence[str], file: Path | None, setting: Setting) -> l
     if not prompts:
         raise FinetuneError("there is no prompt: give one, a --file of them, or one on standard input")
     return prompts
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FinetuneError("there is no such file", at=str(file)) from None
+    except UnicodeDecodeError:
+        raise FinetuneError("this file is not UTF-8 text", at=str(file)) from None
+    except OSError as error:
+        raise FinetuneError(f"this file cannot be read: {error.strerror}", at=str(file)) from error
 
 
 def _from_row(row: Row, setting: Setting) -> Conversation:

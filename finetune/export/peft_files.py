@@ -106,8 +106,11 @@ class Adapter:
                 raise FinetuneError(f"there is no adapter here: {name} is missing", at=str(folder))
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            rank = config.get("r") if isinstance(config, dict) else None
+            if type(rank) is not int or rank < 1:
+                raise ValueError(f"{CONFIG} has no rank")
             return cls(config, load_file(folder / WEIGHTS))
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise FinetuneError(f"this adapter cannot be read: {error}", at=str(folder)) from error
 
     @property

@@ -31,6 +31,7 @@ from finetune.errors import FinetuneError
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 ADAPTER = "adapter_model.safetensors"
+TRAINER_STATE = "trainer_state.json"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -183,19 +184,40 @@ def _optimizer_state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor
     return tensors, plain
 
 
+def require_whole(folder: Path) -> None:
+    """Check the files that say where training was; transformers, which reads one of them, would not.
+
+    Raises:
+        FinetuneError: one is missing or damaged.
+    """
+    _read_json(folder / TRAINER_STATE, ("global_step", "max_steps", "log_history"))
+    _read_state(folder)
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / STATE, ("optimizer", "learning_rates", "schedule", "random"))
+
+
+def _read_json(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not all(key in state for key in keys):
+            raise ValueError(f"it does not hold {', '.join(keys)}")
     except (OSError, ValueError) as error:
-        raise FinetuneError(f"this checkpoint cannot be read: {error}", at=str(folder / STATE)) from error
-    return dict(state)
+        raise _damaged(file, error) from error
+    return state
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise FinetuneError(f"this checkpoint cannot be read: {error}", at=str(file)) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> FinetuneError:
+    said = f"this checkpoint cannot be read ({error}); remove its folder to go on from the one before"
+    return FinetuneError(said, at=str(file))
 
 
 def _to_text(state: Tensor) -> str:

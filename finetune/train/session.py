@@ -21,7 +21,7 @@ from finetune.errors import FinetuneError
 from finetune.model import add_lora, fingerprint, hash_frozen, load_model, resolve, save_adapter
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
-from finetune.train.checkpoint import whole_directory
+from finetune.train.checkpoint import require_whole, whole_directory
 from finetune.train.coverage import StopWithoutGradient
 from finetune.train.progress import MetricsFile, ProgressDisplay
 from finetune.train.settings import StepPlan, training_arguments
@@ -49,6 +49,8 @@ def fit(recipe: Recipe, run: RunDir, state: PartialState, console: Console) -> O
     data = _prepare(recipe, base, run.cache, state)
     plan = StepPlan.of(recipe, state.num_processes)
     going_on = run.latest_checkpoint()
+    if going_on:
+        require_whole(going_on)
     if state.is_main_process:
         _record_inputs(recipe, run, base, data, plan)
         _announce(console, data, plan, going_on)
