@@ -13,9 +13,12 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in (f"{verdict.format}, by {verdict.judge}", "found", "allowed"):
         table.add_column(heading, justify="left" if heading.startswith(verdict.format) else "right")
-    largest, mean = verdict.max_difference, verdict.mean_difference
-    table.add_row("largest difference of logits", f"{largest:.2g}", f"{verdict.max_allowed:.2g}")
-    table.add_row("mean difference of logits", f"{mean:.2g}", f"{verdict.mean_allowed:.2g}")
+    typical, most = verdict.typical_difference, verdict.max_allowed
+    table.add_row(
+        "largest difference of logits", f"{verdict.max_difference:.2g}", f"{most:.2g}" if most else ""
+    )
+    table.add_row("at the typical position", f"{typical:.2g}", f"{verdict.typical_allowed:.2g}")
+    table.add_row("mean difference", f"{verdict.mean_difference:.2g}", "")
     if verdict.effect is not None:
         table.add_row("mean effect of the adapter", f"{verdict.effect:.2g}", "")
     table.add_row("greedy tokens equal", f"{verdict.greedy_equal} of {verdict.greedy}", "")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.errors import FinetuneError
 from finetune.model import inspect_checkpoint
-from finetune.model.checkpoint import INDEX_FILE, SINGLE_FILE
+from finetune.model.headers import INDEX_FILE, SINGLE_FILE
 
 DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Large enough that the disk sets the pace, small enough for any machine.
@@ -133,14 +133,14 @@ def write_safetensors(file: Path, tensors: Sequence[Planned]) -> None:
     part.replace(file)
 
 
-def write_shards(folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(folder: Path, tensors: Sequence[Planned]) -> None:
     """Write a checkpoint: one file, or numbered shards and their index.
 
     Shards that are there already are kept: they were renamed when whole, by an export that was killed.
     """
     shards: list[list[Planned]] = [[]]
     for planned in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + planned.bytes > shard_bytes:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + planned.bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(planned)
     where: dict[str, str] = {}

@@ -1,0 +1,123 @@
+"""Judges of every export: transformers with PEFT, OpenAI's code and llama.cpp, on odd shapes and on nano."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import FinetuneError
+from finetune.export import export
+from finetune.export.bundle import MANIFEST, sha256
+from finetune.export.judges import JUDGE_OF, LLAMA, OPENAI
+from finetune.export.verify import Verdict, verify
+from tests.checkpoints import NANO
+from tests.export_kit import write_adapter, write_base
+
+PACKAGES = {OPENAI: "gpt_oss", LLAMA: "llama_cpp"}
+SHAPES = {
+    "5-experts": {},
+    "7-experts": {"hidden": 160, "layers": 1, "experts": 7, "top_k": 1, "intermediate": 224, "shards": 1},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "odd", **SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "tuned", base)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.export.prompts.COUNT", 2)
+    monkeypatch.setattr("finetune.export.verify.NEW_TOKENS", 4)
+
+
+def ask_judge(to: str) -> None:
+    package = PACKAGES.get(JUDGE_OF[to])
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"the judge of {to} is the package {package}, which is not installed")
+
+
+def judged(source: Path, to: str, out: Path) -> Verdict:
+    ask_judge(to)
+    export(source, to, out)
+    verdict = verify(out, against=str(source))
+    assert json.loads((out / MANIFEST).read_text())["proof"]["verified"] == verdict.to_dict()
+    return verdict
+
+
+@pytest.mark.parametrize("to", ["adapter", "gguf-lora", "sglang-lora"])
+def test_another_program_with_the_adapter_computes_what_the_tuned_model_computes(
+    adapter: Path, tmp_path: Path, to: str
+) -> None:
+    verdict = judged(adapter, to, tmp_path / "out")
+    assert verdict.passed and verdict.max_difference < 2e-5 and verdict.greedy_equal == verdict.greedy
+    assert verdict.effect is not None and verdict.effect > 100 * verdict.mean_difference
+
+
+@pytest.mark.parametrize("to", ["bf16", "gguf", "openai"])
+def test_another_program_computes_what_the_base_computes(base: Path, tmp_path: Path, to: str) -> None:
+    verdict = judged(base, to, tmp_path / "out")
+    assert verdict.passed and verdict.max_difference < 2e-5 and verdict.greedy_equal == verdict.greedy
+
+
+def test_a_merge_costs_no_more_than_bf16_costs_the_untuned_base(adapter: Path, tmp_path: Path) -> None:
+    verdict = judged(adapter, "bf16", tmp_path / "out")
+    assert verdict.passed and verdict.effect is not None
+    assert verdict.typical_difference < 0.1 * verdict.effect
+
+
+def test_a_merged_directory_goes_on_to_gguf(base: Path, adapter: Path, tmp_path: Path) -> None:
+    export(adapter, "bf16", tmp_path / "merged")
+    verdict = judged(tmp_path / "merged", "gguf", tmp_path / "out")
+    assert verdict.passed and verdict.max_difference < 2e-5
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["made_from"]["format"] == "bf16"
+
+
+def test_llama_cpp_takes_a_lora_of_the_router(base: Path, tmp_path: Path) -> None:
+    router = write_adapter(tmp_path / "router", base, targets=["experts", "router"], rslora=False)
+    assert judged(router, "gguf-lora", tmp_path / "out").passed
+
+
+def test_an_export_of_another_adapter_does_not_pass(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", base, size=0.06)
+    export(other, "sglang-lora", tmp_path / "out")
+    with pytest.raises(FinetuneError, match="another adapter"):
+        verify(tmp_path / "out", against=str(adapter))
+    with pytest.raises(FinetuneError, match="has an adapter in it"):
+        verify(tmp_path / "out", against=str(base))
+    # The record forged to name the first adapter: the logits tell.
+    file = tmp_path / "out" / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["source"]["adapter_sha256"] = sha256(adapter / "adapter_model.safetensors")
+    file.write_text(json.dumps(manifest))
+    verdict = verify(tmp_path / "out", against=str(adapter))
+    assert not verdict.passed and verdict.max_difference > 0.01
+
+
+def test_a_changed_file_and_a_folder_that_is_no_export_are_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FinetuneError, match="not an export"):
+        verify(base)
+    export(base, "openai", tmp_path / "out")
+    weights = tmp_path / "out" / "original" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(FinetuneError, match=r"model\.safetensors: this file is not as it was exported"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["adapter", "bf16", "gguf-lora", "sglang-lora"])
+def test_tuned_nano_passes_every_judge(tmp_path: Path, to: str) -> None:
+    if not (NANO / "config.json").is_file():
+        pytest.skip("the bundled model is not there")
+    adapter = write_adapter(tmp_path / "tuned", NANO, size=0.01, rank=8)
+    assert judged(adapter, to, tmp_path / "out").passed
