@@ -80,3 +80,66 @@ def write_configs(base: Path, config: dict[str, Any], folder: Path, *, packed: b
     }
     for name, value in texts.items():
         (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def released_sizes(
+    *,
+    layers: int,
+    experts: int,
+    used: int,
+    vocabulary: int,
+    hidden: int,
+    inner: int,
+    head: int,
+    heads: int,
+    key_heads: int,
+    window: int,
+    theta: float,
+    original_context: int,
+    factor: float,
+    betas: tuple[float, float],
+    limit: float,
+    context: int | None = None,
+) -> dict[str, Any]:
+    """The released configuration of a gpt-oss of these sizes; what they do not say is as in the release.
+
+    `betas` are YaRN's, fast and slow; `context` is the longest text (unless given, what YaRN reaches).
+    """
+    kinds = "sliding_attention", "full_attention"
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "experts_per_token": used,
+        "head_dim": head,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initial_context_length": original_context,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "layer_types": [kinds[number % 2] for number in range(layers)],
+        "max_position_embeddings": context or round(original_context * factor),
+        "model_type": "gpt_oss",
+        "num_attention_heads": heads,
+        "num_experts_per_tok": used,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": key_heads,
+        "num_local_experts": experts,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "beta_fast": float(betas[0]),
+            "beta_slow": float(betas[1]),
+            "factor": factor,
+            "original_max_position_embeddings": original_context,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": theta,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": window,
+        "swiglu_limit": limit,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": vocabulary,
+    }
