@@ -19,7 +19,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@echo "installing finetune and what it needs (some minutes the first time)"
 	@$(PIP) -e '.[dev,judge]'
+	@if ls ../shared/wheels/llama_cpp_python-*.whl >/dev/null 2>&1; then $(MAKE) -s judge-llama; fi
 	@touch $(READY)
+
+# llama.cpp as a judge of exports, where a built wheel lies beside the checkout; it takes minutes to build.
+.PHONY: judge-llama
+judge-llama:
+	-@$(PIP) diskcache && $(PIP) --no-index --no-deps ../shared/wheels/llama_cpp_python-*.whl
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 .venv/bin/finetune train recipes/nano/demo.yaml

@@ -314,6 +314,30 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A GGUF, OpenAI's original/, or a checkpoint directory.")
+    ],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where tokenizer.json is, if not beside the source.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put a gpt-oss of another layout into the released one, to train on."""
+    with command(as_json, debug, libraries=True) as output:
+        from finetune.export.importing import import_model
+
+        facts = import_model(source, out, tokenizer=tokenizer, force=force)
+        if as_json:
+            output.json(facts)
+        else:
+            typer.echo(f"wrote {out}: {facts['kind']}, from {facts['proof']['imported_from']}")
+
+
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),

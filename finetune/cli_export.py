@@ -27,6 +27,6 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
     if verdict.note:
         console.print(verdict.note, markup=False)
     if verdict.passed:
-        console.print("the export is the tuned model", style="green")
+        console.print("this is the model that it was made from", style="green")
     else:
-        console.print("the export is NOT the tuned model", style="red")
+        console.print("this is NOT the model that it was made from", style="red")

@@ -62,9 +62,14 @@ def import_model(
         config = {**found.config, **_ending(folder)}
         write_configs(folder, config, folder, packed=found.packed)
         info = inspect_checkpoint(folder)
-        facts = {"name": Path(source).name, "fingerprint": fingerprint(folder)}
-        proof = {"tensors": len(info.tensors), "imported_from": found.kind}
-        return write_manifest(folder, {"format": info.kind, "base": facts, "source": None, "proof": proof})
+        facts = {
+            "format": "import",
+            "kind": info.kind,
+            "base": {"name": Path(source).name, "fingerprint": fingerprint(folder)},
+            "source": None,
+            "proof": {"tensors": len(info.tensors), "imported_from": found.kind},
+        }
+        return write_manifest(folder, facts)
 
 
 def _ending(folder: Path) -> dict[str, int]:

@@ -26,7 +26,7 @@ def test_what_was_exported_comes_back_with_the_same_bytes_and_configuration(
 ) -> None:
     export(base, to, tmp_path / "there")
     manifest = import_model(tmp_path / "there", tmp_path / "back")
-    assert manifest["format"] == "mxfp4"
+    assert manifest["kind"] == "mxfp4"
     assert fingerprint(tmp_path / "back") == fingerprint(base)
     before, after = (json.loads((path / "config.json").read_text()) for path in (base, tmp_path / "back"))
     assert {key: after[key] for key in before if key != "quantization_config"} == {
@@ -41,7 +41,7 @@ def test_merged_experts_stay_bf16_by_way_of_a_gguf(base: Path, tmp_path: Path) -
     export(tmp_path / "merged", "gguf", tmp_path / "there")
     for source in ("merged", "there"):
         out = tmp_path / f"from-{source}"
-        assert import_model(tmp_path / source, out)["format"] == "bf16"
+        assert import_model(tmp_path / source, out)["kind"] == "bf16"
         assert fingerprint(out) == fingerprint(tmp_path / "merged")
 
 
