@@ -260,13 +260,20 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="adapter (PEFT's own layout), bf16 (merged), gguf-lora or sglang-lora; "
+            help="adapter (PEFT's own layout), mxfp4 or bf16 (merged), gguf-lora or sglang-lora; "
             "of a model without an adapter: bf16, gguf or openai.",
         ),
     ] = "adapter",
     base: Annotated[
         str | None, typer.Option(help="The base of a bare adapter: a directory, a hub id or nano.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="mxfp4: conversations to fit to; else the run's data."),
+    ] = None,
+    kept_at_least: Annotated[
+        float, typer.Option(help="mxfp4: the share of what was gained that rounding has to keep.")
+    ] = 0.9,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -275,7 +282,9 @@ def export(
     with command(as_json, debug, libraries=True) as output:
         from finetune.export import export as write
 
-        facts = write(where, to, out, base=base, force=force)
+        facts = write(
+            where, to, out, base=base, calibrate=calibrate, kept_at_least=kept_at_least, force=force
+        )
         if as_json:
             output.json(facts)
         else:

@@ -1,0 +1,130 @@
+"""A checkpoint computed with one layer at a time in memory, on several versions of its weights in step.
+
+Everything is computed in float32: what the versions differ by is small beside bf16's own noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+)
+
+from finetune.export.tensors import Checkpoint
+from finetune.model.attention import Packing
+from finetune.model.expert_layer import Factors
+from finetune.model.experts import PackedExperts, Scratch
+from finetune.model.loading import read_model_config
+
+# Rows of the output head in memory at once: 189 MB in float32 at the width of gpt-oss-20b.
+HEAD_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Packed examples, `[L]` each: tokens, the next one where it is learned (else -100), positions."""
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor
+
+
+class Layer:
+    """One decoder layer; its weights may be replaced between passes."""
+
+    def __init__(self, module: GptOssDecoderLayer, rotary: GptOssRotaryEmbedding, window: int) -> None:
+        self._module, self._rotary, self._window = module, rotary, window
+
+    @property
+    def experts(self) -> PackedExperts:
+        found: PackedExperts = self._module.mlp.experts
+        return found
+
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Put in weights (float32) by their names within the layer, such as `mlp.router.weight`."""
+        for name, weight in weights.items():
+            parameter = self._module.get_parameter(name)
+            parameter.data = weight.to(parameter.device)
+
+    def attend(self, state: Tensor, passage: Passage) -> Tensor:
+        """`state [L, H]` past attention, `[L, H]`."""
+        positions = passage.positions.unsqueeze(0)
+        normed = self._module.input_layernorm(state).unsqueeze(0)
+        out: Tensor = self._module.self_attn(
+            hidden_states=normed,
+            position_embeddings=self._rotary(normed, positions),
+            attention_mask=Packing(positions, self._window),
+        )[0]
+        return state + out[0]
+
+    def normed(self, state: Tensor) -> Tensor:
+        """What router and experts see of a `state [n, H]` past attention."""
+        out: Tensor = self._module.post_attention_layernorm(state)
+        return out
+
+    def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and scores of each row, `[n, k]` both."""
+        _, scores, indices = self._module.mlp.router(normed)
+        return indices, scores
+
+    def finish(self, state: Tensor, factors: Mapping[str, Factors]) -> Tensor:
+        """`state [L, H]` past attention through the experts, `factors` added to their weights, `[L, H]`."""
+        normed = self.normed(state)
+        self.experts.active_factors.update(factors)
+        out: Tensor = self.experts(normed, *self.route(normed))
+        self.experts.active_factors.clear()
+        return state + out
+
+
+class Network:
+    """The checkpoint in a directory, on `device`; its experts are MXFP4."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.checkpoint = Checkpoint(path)
+        self.config = read_model_config(path, torch.float32)
+        self.device = device
+        self._rotary = GptOssRotaryEmbedding(config=self.config).to(device)
+        self._scratch = Scratch()
+
+    def layer(self, number: int) -> Layer:
+        """Read a layer."""
+        with torch.device("meta"):
+            module = GptOssDecoderLayer(self.config, number)
+            module.mlp.experts = PackedExperts(self.config, self._scratch)
+        prefix, state = f"model.layers.{number}.", {}
+        for name in self.checkpoint.info.tensors:
+            if name.startswith(prefix):
+                tensor = self.checkpoint.read(name)
+                tensor = tensor if tensor.dtype == torch.uint8 else tensor.float()
+                state[name.removeprefix(prefix).removesuffix("_blocks")] = tensor.to(self.device)
+        module.load_state_dict(state, assign=True, strict=True)
+        module.requires_grad_(False).eval()
+        return Layer(module, self._rotary, self.config.sliding_window)
+
+    def embed(self, passage: Passage) -> Tensor:
+        """The first layer's input, `[L, H]`."""
+        # A word used twice is read once, and of the rest of the vocabulary nothing.
+        words, where = passage.ids.cpu().unique(return_inverse=True)
+        name = "model.embed_tokens.weight"
+        rows = torch.cat([self.checkpoint.read(name, word, word + 1) for word in words.tolist()])
+        return rows.float()[where].to(self.device)
+
+    def final_norm(self, state: Tensor) -> Tensor:
+        norm = GptOssRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight.data = self.checkpoint.read("model.norm.weight").float()
+        out: Tensor = norm.to(self.device).requires_grad_(False)(state)
+        return out
+
+    def head(self) -> Iterator[Tensor]:
+        """The output head, `[rows, H]` at a time."""
+        words = self.config.vocab_size
+        for first in range(0, words, HEAD_ROWS):
+            rows = self.checkpoint.read("lm_head.weight", first, min(first + HEAD_ROWS, words))
+            yield rows.float().to(self.device)

@@ -1,0 +1,221 @@
+"""A merged checkpoint in the released layout: experts rounded to MXFP4 again, so that what was learned stays.
+
+The base's files are copied and overwritten where the adapter changes something, layer after layer. The
+calibration conversations pass through every layer twice, as the tuned model computes them and as the export
+does; held-out conversations pass through the base as well, and at the end tell what the rounding cost.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.data.packing import NOT_LEARNED
+from finetune.errors import FinetuneError
+from finetune.export.calibrate import PROJECTIONS, Rows, fit, round_to_nearest
+from finetune.export.dialect import write_configs
+from finetune.export.layerwise import Layer, Network, Passage
+from finetune.export.merge import DENSE, Deltas
+from finetune.export.passages import Passages
+from finetune.export.retention import measure
+from finetune.export.subject import Subject
+from finetune.export.tensors import as_bytes
+from finetune.model.checkpoint import INDEX_FILE
+from finetune.model.expert_layer import Factors
+from finetune.model.lora import RANK_MULTIPLE
+
+# What an error counts at a token whose successor is not learned; those matter through attention alone.
+WEIGHT_NOT_LEARNED = 0.2
+USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+```
+
+```
+vllm serve .
+```
+"""
+
+
+@dataclass
+class Streams:
+    """Residual streams by passage, `[L, H]` each, of the versions that are computed in step."""
+
+    tuned: list[Tensor]
+    export: list[Tensor]
+
+
+def write_mxfp4(
+    subject: Subject, folder: Path, passages: Passages | None, *, kept_at_least: float
+) -> dict[str, Any]:
+    """Write the merged checkpoint's files into `folder`; returns the figures of the proof.
+
+    Without `passages` every weight is rounded to the nearest value, and nothing is measured.
+
+    Raises:
+        FinetuneError: the base is not MXFP4, nothing of the adapter is left after rounding, or less than
+            `kept_at_least` of the gain on held-out conversations is.
+    """
+    tuned = subject.tuned
+    assert tuned is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = Network(subject.base.path, device)
+    if network.checkpoint.info.kind != "mxfp4":
+        raise FinetuneError("the base's experts are not MXFP4; export bf16", at=subject.base.name)
+    _copy_weights(network, folder)
+    with torch.inference_mode():
+        merge = _Merge(network, Deltas(tuned.adapter, network.config.num_local_experts), folder)
+        kept = merge.by_rounding() if passages is None else merge.by_fitting(passages)
+    if tuned.adapter.learns_experts and not merge.experts_changed:
+        raise FinetuneError(
+            "the adapter's changes of the experts vanish in MXFP4: the export would equal the base; "
+            "serve the adapter instead (--to adapter)"
+        )
+    if kept:
+        _check_kept(kept, kept_at_least)
+    write_configs(subject.base.path, network.checkpoint.config, folder, packed=True)
+    facts = {
+        "rounding": "fitted to conversations"
+        if passages
+        else "to the nearest value, for want of conversations",
+        "expert_values_changed": merge.experts_changed,
+        "dense_values_changed": merge.dense_changed,
+    }
+    return {
+        **facts,
+        **({"conversations": passages.what} if passages else {}),
+        **({"kept": kept} if kept else {}),
+    }
+
+
+def _copy_weights(network: Network, folder: Path) -> None:
+    """Copies of the base's shards, under the same names."""
+    source = network.checkpoint.info.path
+    for file in sorted({place.file for place in network.checkpoint.info.tensors.values()}):
+        shutil.copyfile(file, folder / file.name)
+    if (source / INDEX_FILE).is_file():
+        shutil.copyfile(source / INDEX_FILE, folder / INDEX_FILE)
+
+
+def _check_kept(kept: Mapping[str, Any], at_least: float) -> None:
+    """`gain_kept`, or `change_kept` where the tuned model gains nothing on the held-out conversations."""
+    name = "gain" if kept["gain_kept"] is not None else "change"
+    share = kept[f"{name}_kept"]
+    if share is not None and share < at_least:
+        raise FinetuneError(
+            f"rounding to MXFP4 keeps {share:.1%} of the adapter's {name} on held-out conversations, not "
+            f"{at_least:.0%}; serve the adapter instead (--to adapter), or accept less with --kept-at-least"
+        )
+
+
+class _Merge:
+    """The walk through the layers."""
+
+    def __init__(self, network: Network, deltas: Deltas, folder: Path) -> None:
+        self._network, self._deltas, self._folder = network, deltas, folder
+        self.experts_changed = 0
+        self.dense_changed = 0
+
+    def by_rounding(self) -> dict[str, Any]:
+        """Measures nothing: there is nothing to measure on."""
+        for number in range(self._network.config.num_hidden_layers):
+            layer, factors = self._network.layer(number), self._factors(number)
+            self._dense(number)
+            self.experts_changed += round_to_nearest(layer.experts, factors)
+            self._write_experts(number, layer, factors)
+        return {}
+
+    def by_fitting(self, passages: Passages) -> dict[str, Any]:
+        """Also measures: what `retention.measure` returns."""
+        network, held_out = self._network, passages.held_out
+        calibration = Streams(*([network.embed(p) for p in passages.calibration] for _ in range(2)))
+        measured = Streams(*([network.embed(p) for p in held_out] for _ in range(2)))
+        base = list(measured.tuned)
+        learned = torch.cat([p.targets for p in passages.calibration]) != NOT_LEARNED
+        for number in range(network.config.num_hidden_layers):
+            layer, factors = network.layer(number), self._factors(number)
+            base = [layer.finish(layer.attend(s, p), {}) for s, p in zip(base, held_out, strict=True)]
+            merged, rounded = self._dense(number)
+            layer.replace(merged)
+            before = _attend(layer, calibration.tuned, passages.calibration)
+            calibration.tuned = [layer.finish(s, factors) for s in before]
+            measured.tuned = [layer.finish(s, factors) for s in _attend(layer, measured.tuned, held_out)]
+            layer.replace(rounded)
+            export = _attend(layer, calibration.export, passages.calibration)
+            self.experts_changed += _fit(layer, factors, Streams(before, export), learned)
+            self._write_experts(number, layer, factors)
+            calibration.export = [layer.finish(s, {}) for s in export]
+            measured.export = [layer.finish(s, {}) for s in _attend(layer, measured.export, held_out)]
+        states = {"base": base, "tuned": measured.tuned, "export": measured.export}
+        return {**measure(network, held_out, states), "calibration_tokens": len(learned)}
+
+    def _factors(self, number: int) -> dict[str, Factors]:
+        found = {n: self._deltas.experts(f"model.layers.{number}.mlp.experts.{n}") for n in PROJECTIONS}
+        return {n: _padded(f, self._network.device) for n, f in found.items() if f is not None}
+
+    def _dense(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer's merged dense weights by their names in it, float32: exact, and as they were written."""
+        exact, rounded = {}, {}
+        for part in DENSE:
+            name = f"model.layers.{number}.{part}"
+            delta = self._deltas.dense(name)
+            if delta is not None:
+                before = self._network.checkpoint.read(name)
+                exact[part] = before.float() + delta
+                after = exact[part].to(before.dtype)
+                self.dense_changed += int((after != before).sum())
+                self._overwrite(name, after)
+                rounded[part] = after.float()
+        return exact, rounded
+
+    def _write_experts(self, number: int, layer: Layer, factors: Mapping[str, Factors]) -> None:
+        for part in factors:
+            name = f"model.layers.{number}.mlp.experts.{part}"
+            self._overwrite(f"{name}_blocks", layer.experts.get_parameter(part))
+            self._overwrite(f"{name}_scales", layer.experts.get_parameter(f"{part}_scales"))
+
+    def _overwrite(self, name: str, tensor: Tensor) -> None:
+        place = self._network.checkpoint.info.tensors[name]
+        with (self._folder / place.file.name).open("r+b") as file:
+            file.seek(place.start)
+            file.write(as_bytes(tensor.detach().cpu()))
+
+
+def _padded(factors: Factors, device: torch.device) -> Factors:
+    """With a rank that the expert layer's products can take."""
+    missing = -factors.a.shape[1] % RANK_MULTIPLE
+    a, b = F.pad(factors.a, (0, 0, 0, missing)), F.pad(factors.b, (0, missing))
+    return Factors(a.to(device), b.to(device))
+
+
+def _attend(layer: Layer, states: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
+    return [layer.attend(state, passage) for state, passage in zip(states, passages, strict=True)]
+
+
+def _fit(layer: Layer, factors: Mapping[str, Factors], streams: Streams, learned: Tensor) -> int:
+    """Fit the layer's experts to the streams past attention; returns how many packed values changed.
+
+    `learned [T]` says for each token whether its successor is learned.
+    """
+    if not factors:
+        return 0
+    tuned, export = torch.cat(streams.tuned), torch.cat(streams.export)
+    indices, scores = layer.route(layer.normed(export))
+    counts = torch.where(learned.to(scores.device), 1.0, WEIGHT_NOT_LEARNED)
+
+    def routed(expert: int) -> Rows:
+        token, place = torch.where(indices == expert)
+        # The layer's output is off by score times the expert's error.
+        weight = counts[token] * scores[token, place].square()
+        missing = tuned[token] - export[token]
+        return Rows(layer.normed(tuned[token]), layer.normed(export[token]), missing, weight / weight.sum())
+
+    return fit(layer.experts, factors, routed)
