@@ -164,9 +164,16 @@ def attend(
     return out.transpose(1, 2), None
 
 
+def _hides_padding(mask: Any) -> bool:
+    """False for the mask of ones that tokenizers and collators add where there is no padding."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return not bool(mask.all())
+    return mask is not None
+
+
 def _hand_over_packing(model: GptOssModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of `GptOssModel`, which would build its masks without looking at `position_ids`."""
-    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+    if kwargs.get("past_key_values") is not None or _hides_padding(kwargs.get("attention_mask")):
         return None
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:

@@ -256,6 +256,19 @@ def test_padding_that_is_its_own_document_leaves_the_rest_alone(ours: Any) -> No
     assert (logits(ours, padded, positions([60, 20]))[:, :60] - logits(ours, ids)).abs().max() < 1e-5
 
 
+def test_a_mask_of_ones_changes_nothing(ours: Any) -> None:
+    ids, where = random_ids(1, 60), positions([35, 25])
+    with_mask = logits(ours, ids, where, attention_mask=torch.ones_like(ids))
+    assert torch.equal(with_mask, logits(ours, ids, where))
+
+
+def test_right_padding_under_a_mask_leaves_the_rest_alone(ours: Any) -> None:
+    ids = random_ids(1, 60)
+    padded = torch.cat([ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
+    mask = (torch.arange(80) < 60).long().unsqueeze(0)
+    assert (logits(ours, padded, attention_mask=mask)[:, :60] - logits(ours, ids)).abs().max() < 1e-5
+
+
 def test_rows_with_different_packings_get_their_own_logits(ours: Any) -> None:
     ids = random_ids(2, 140)
     both = logits(ours, ids, torch.cat([positions([100, 40]), positions([20, 120])]))

@@ -47,6 +47,25 @@ def test_logits_are_those_of_stock_transformers(
     assert (logits(our_model(base), ids) - logits(stock_model(base), ids)).abs().max() < 1e-5
 
 
+def test_hidden_states_are_those_of_stock_transformers(tmp_path: Path) -> None:
+    base, ids = write_random_checkpoint(tmp_path / "base"), random_ids(2, 40)
+    ours, stock = our_model(base), stock_model(base)
+    with torch.no_grad():
+        found, expected = (model(ids, output_hidden_states=True).hidden_states for model in (ours, stock))
+    assert len(found) == len(expected) == 3
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def test_the_router_loss_is_off_unless_asked_for(tmp_path: Path) -> None:
+    base, ids = write_random_checkpoint(tmp_path / "base"), random_ids(2, 40)
+    ours, stock = our_model(base), stock_model(base)
+    plain, asked = ours(ids, labels=ids), ours(ids, labels=ids, output_router_logits=True)
+    expected = stock(ids, labels=ids, output_router_logits=True)
+    assert plain.aux_loss is None
+    assert relative_error(asked.aux_loss, expected.aux_loss) < 1e-5
+    assert relative_error(asked.loss, expected.loss) < 1e-5
+
+
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
     base = write_random_checkpoint(tmp_path / "base")
     ids = random_ids(1, 40)

@@ -60,6 +60,17 @@ def test_loss_and_gradients_are_those_without_checkpointing(
         assert relative_error(gradient, plain[name]) < (1e-6 if dtype == torch.float32 else 2**-8), name
 
 
+def test_the_router_loss_reaches_the_router_through_checkpointing(base: Path) -> None:
+    ids, gradients = random_ids(1, 60), []
+    for checkpointing in (None, {"use_reentrant": False}):
+        model = model_in_training(base, torch.float32, checkpointing)
+        model(ids, labels=ids, use_cache=False, output_router_logits=True).aux_loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if "router.lora_" in n})
+    plain, found = gradients
+    assert len(found) == LAYERS * 2 and all(gradient.any() for gradient in plain.values())
+    assert all(relative_error(gradient, plain[name]) < 1e-6 for name, gradient in found.items())
+
+
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_experts_are_decoded_exactly_twice_a_step(
     base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: dict[str, Any] | None
