@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from finetune.export import export
 from finetune.export.bundle import MANIFEST, sha256
 from finetune.export.judges import JUDGE_OF, LLAMA, OPENAI
 from finetune.export.verify import Verdict, verify
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir
 from tests.checkpoints import NANO
 from tests.export_kit import write_adapter, write_base
 
@@ -121,3 +124,26 @@ def test_tuned_nano_passes_every_judge(tmp_path: Path, to: str) -> None:
         pytest.skip("the bundled model is not there")
     adapter = write_adapter(tmp_path / "tuned", NANO, size=0.01, rank=8)
     assert judged(adapter, to, tmp_path / "out").passed
+
+
+def test_a_runs_export_finds_its_run_and_asks_about_its_held_out_rows(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]}
+        for n in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "held_out": 0.5}
+    recipe = Recipe.model_validate({"name": "tiny", "model": {"base": str(base)}, "data": data})
+    monkeypatch.chdir(tmp_path)
+    run = RunDir.create(recipe)
+    run.update(base={"where": str(base)})
+    shutil.copytree(adapter, run.adapter)
+    export(run.path, "adapter", tmp_path / "out")
+    verdict = verify(tmp_path / "out")
+    assert verdict.passed and verdict.prompts == "2 held-out conversations"
+    assert verify(tmp_path / "out", data=tmp_path / "rows.jsonl").prompts == "2 rows of rows.jsonl"
+    shutil.rmtree(run.path)
+    with pytest.raises(FinetuneError, match="--against"):
+        verify(tmp_path / "out")
