@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("anywhere", deadline=None)
+settings.load_profile("anywhere")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

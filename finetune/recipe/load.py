@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,15 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, no parent. `load_recipe` reads an equal recipe from it."""
     yaml, out = YAML(typ="rt", pure=True), io.StringIO()
     yaml.width = 110
+    yaml.representer.add_representer(str, _represented)
     yaml.dump(recipe.model_dump(mode="json"), out)
     return out.getvalue()
+
+
+def _represented(representer: Any, text: str) -> Any:
+    """Text as ruamel writes it, but quoted where it holds a line break of YAML 1.1, which it would fold."""
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
+    return representer.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> Tree:
@@ -69,8 +77,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> Tree:
     place, parent = str(tree.place(("extends",))), tree.value.pop("extends")
     if not isinstance(parent, str):
         raise FinetuneError("extends: must name one recipe file", at=place)
-    parent_path = path.parent / Path(parent).expanduser()
-    if not parent_path.is_file():
+    # os.path, unlike pathlib, leaves ~nobody and a name that is too long as they are.
+    parent_path = path.parent / os.path.expanduser(parent)
+    if not os.path.isfile(parent_path):
         raise FinetuneError(f"extends: there is no recipe file {parent_path}", at=place)
     line = (*children, path)
     if parent_path.resolve() in {file.resolve() for file in line}:

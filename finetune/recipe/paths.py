@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def resolve_paths(tree: Tree) -> None:
     if isinstance(model, dict) and isinstance(model.get("base"), str):
         resolved = _absolute(model["base"], tree, ("model", "base"))
         # Anything else is a hub id or the bundled model, or is said to be missing when it is opened.
-        if model["base"] != "nano" and (Path(resolved).exists() or model["base"].startswith((".", "~"))):
+        if model["base"] != "nano" and (os.path.exists(resolved) or model["base"].startswith((".", "~"))):
             model["base"] = resolved
     data = value.get("data")
     if isinstance(data, dict):
@@ -45,15 +46,23 @@ def _sources(value: Any, key: Key, tree: Tree) -> Any:
 
 
 def _absolute(value: str, tree: Tree, key: Key) -> str:
-    path, place = Path(value).expanduser(), tree.place(key)
-    if place and place.file and _exists(place.file.parent / path):
-        path = place.file.parent / path
-    return str(path.resolve())
+    place = tree.place(key)
+    try:
+        path = Path(value).expanduser()
+        if place and place.file and _exists(place.file.parent / path):
+            path = place.file.parent / path
+        return str(path.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # as for ~nobody, or letters that no file name has
+        dotted = ".".join(map(str, key))
+        raise FinetuneError(f"{dotted}: {value!r} is no path: {error}", at=str(place)) from None
 
 
 def _exists(path: Path) -> bool:
-    """Is there such a file or folder, or, for a pattern such as data/*.jsonl, at least one?"""
-    return path.exists() or any(glob.iglob(str(path), recursive=True))
+    """Is there such a file or folder, or, for a pattern such as data/*.jsonl, at least one?
+
+    os.path, unlike pathlib, finds nothing where a name is too long to be one.
+    """
+    return os.path.exists(path) or any(glob.iglob(str(path), recursive=True))
 
 
 def require_files(recipe: Recipe) -> None:

@@ -65,17 +65,24 @@ def parse(text: str, file: Path) -> Tree:
         if problem.startswith("but "):
             problem = f"{_first_line(error.context)}, {problem}"
         raise FinetuneError(f"this is not valid YAML: {problem}", at=at) from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, KeyError) as error:  # the last two for a date such as 2025-13-45, or a tag
         raise FinetuneError(f"this is not valid YAML: {_first_line(str(error))}", at=str(file)) from error
+    except RecursionError:
+        raise FinetuneError("this is nested too deep for a recipe", at=str(file)) from None
     places: dict[Key, Place] = {(): Place(file, 1)}
-    return Tree(_plain(document, (), file, places), places)
+    try:
+        return Tree(_plain(document, (), file, places), places)
+    except RecursionError:
+        raise FinetuneError("an anchor in this recipe holds itself", at=str(file)) from None
 
 
 def parse_value(text: str, place: Place) -> Any:
     """Parse the value of an override."""
     try:
         return _plain(YAML(typ="rt", pure=True).load(text), (), Path(), {})
-    except YAMLError as error:
+    except FinetuneError as error:
+        raise FinetuneError(error.sentence, at=str(place)) from None
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:
         raise FinetuneError("the value is not valid YAML", at=str(place)) from error
 
 

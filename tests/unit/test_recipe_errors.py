@@ -149,7 +149,7 @@ def test_a_recipe_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FinetuneError, match="recipe.yaml:1: a recipe is UTF-8 text"):
+    with pytest.raises(FinetuneError, match=r"recipe\.yaml:1: a recipe is UTF-8 text"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
@@ -178,3 +178,27 @@ def test_settings_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     for source in ("{path: a, hub: b}", "{split: test}"):
         error = said(tmp_path, SMALL, f"data.train=[{source}]")
         assert error.endswith("a source needs exactly one of path (a file) and hub (a data set's id)")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: 2025-13-45\n", "this is not valid YAML: month must be in 1..12"),
+        ("name: !!bool maybe\n", "this is not valid YAML"),
+        ("- " * 3000 + "\n", "this is nested too deep for a recipe"),
+        ("--- a\n--- b\n", "expected a single document in the stream, but found another document"),
+        ("extends: ~no-such-user/recipe.yaml\n", "extends: there is no recipe file"),
+        (f"extends: {'a' * 5000}\n", "extends: there is no recipe file"),
+        (SMALL.replace("rows.jsonl", "~no-such-user/a"), "data.train.0.path: '~no-such-user/a' is no path"),
+        (SMALL.replace("rows.jsonl", '"\\ud800"'), r"data.train.0.path: '\ud800' is no path"),
+    ],
+)
+def test_what_yaml_or_the_file_system_chokes_on_is_a_sentence(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    assert sentence in said(tmp_path, text)
+
+
+def test_what_is_wrong_inside_an_override_is_said_of_it(tmp_path: Path) -> None:
+    said_of_it = "override lora={[a]: 3}: the key ('a',) must be text"
+    assert said(tmp_path, SMALL, "lora={[a]: 3}").startswith(said_of_it)
