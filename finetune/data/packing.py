@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 # What the loss ignores; the value is PyTorch's.
 NOT_LEARNED = -100
 
+# Examples of up to this share of a pack are placed in the order they come in, longer ones by length. Were all
+# sorted, packs would hold examples of one length, often of one kind, and training steps would pull in turns.
+SHORT = 1 / 8
+
 
 def best_fit(
     lengths: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]], capacity: int
 ) -> list[list[int]]:
-    """Best-fit decreasing: longest first, each example goes where it leaves the least space.
+    """Best fit: each example goes where it leaves the least space; long ones first, longest first.
 
-    Takes at most 11/9 of the fewest packs possible, plus 4 (Johnson et al. 1974, SIAM J. Comput. 3(4)), in
-    O(n log n) comparisons. Examples of one length keep their order.
+    Johnson et al. 1974, SIAM J. Comput. 3(4); O(n log n) comparisons. Short examples, and long ones of one
+    length, keep their order.
 
     Returns, for each pack, the indices of its examples.
 
@@ -41,7 +45,8 @@ def best_fit(
     packs: list[list[int]] = []
     spaces: list[int] = []  # the different amounts of space left, ascending
     having: dict[int, list[int]] = {}  # which packs have that much space left
-    for index in np.argsort(-sizes, kind="stable").tolist():
+    by_length = np.where(sizes > SHORT * capacity, -sizes, 0)
+    for index in np.argsort(by_length, kind="stable").tolist():
         size = int(sizes[index])
         place = bisect_left(spaces, size)
         if place == len(spaces):
@@ -75,8 +80,7 @@ class PackedDataset:
     def __init__(self, examples: Examples, capacity: int, seed: int = 0) -> None:
         self.examples, self.capacity = examples, capacity
         random = np.random.default_rng(seed)
-        # Shuffled before packing too: otherwise examples of one length would always share packs as in the
-        # file.
+        # Shuffled before packing too: neighbours in a file are often alike.
         order = random.permutation(len(examples))
         packs = best_fit(examples.lengths[order], capacity)
         self.packs = [order[packs[place]].tolist() for place in random.permutation(len(packs))]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data import Examples, PackedDataset, best_fit, collate
+from finetune.data.packing import SHORT
 from finetune.errors import FinetuneError
 
 CAPACITY = 32
@@ -41,7 +42,7 @@ def test_best_fit_stays_within_the_bound_of_the_theorem(sizes: list[int]) -> Non
 @given(lengths)
 def test_best_fit_is_what_trying_every_pack_gives(sizes: list[int]) -> None:
     spaces: list[int] = []
-    for size in sorted(sizes, reverse=True):
+    for size in sorted(sizes, key=lambda size: -size if size > SHORT * CAPACITY else 0):
         fitting = [place for place, space in enumerate(spaces) if space >= size]
         if fitting:
             spaces[min(fitting, key=lambda place: spaces[place])] -= size
@@ -49,6 +50,12 @@ def test_best_fit_is_what_trying_every_pack_gives(sizes: list[int]) -> None:
             spaces.append(CAPACITY - size)
     packed = [CAPACITY - sum(sizes[index] for index in pack) for pack in best_fit(sizes, CAPACITY)]
     assert sorted(packed) == sorted(spaces)
+
+
+def test_packs_of_short_examples_hold_all_lengths_alike() -> None:
+    sizes = np.random.default_rng(0).permutation([2, 12] * 300)
+    short = [float(np.mean(sizes[pack] == 2)) for pack in best_fit(sizes, 128)[:-1]]
+    assert min(short) > 0.2 and max(short) < 0.8
 
 
 def test_an_example_longer_than_a_pass_is_refused_with_the_knob() -> None:
