@@ -14,10 +14,10 @@ from random import Random
 
 from finetune.nano.lookups import ITEMS
 from finetune.nano.problem import EFFORTS, Problem, by_effort, is_held_out, random_word
-from finetune.nano.skills import FAMILIES, Row, held_out_row, problem, row
+from finetune.nano.skills import BASE_SKILLS, FAMILIES, Row, held_out_row, problem, row
 
 FAMILY = "stock_code"
-NEW_ROWS, KEPT_ROWS = 1600, 800
+NEW_ROWS, KEPT_ROWS = 1200, 2400
 NEW_QUESTIONS, KEPT_QUESTIONS = 150, 210
 
 
@@ -54,8 +54,8 @@ def write_demo(out: Path, seed: int = 0) -> None:
     write_rows(train, out / "stock-codes.jsonl")
     codes = [stock_code_row(r, held_out=True) for _ in range(NEW_QUESTIONS)]
     write_rows(codes, out / "stock-codes-held-out.jsonl")
-    # Every family at every effort, as often as the others.
-    asked = list(islice(cycle(product(EFFORTS, families)), KEPT_QUESTIONS))
+    # Every skill at every effort, as often as the others.
+    asked = list(islice(cycle(product(EFFORTS, BASE_SKILLS)), KEPT_QUESTIONS))
     write_rows(
         [held_out_row(r, family, effort) for effort, family in asked], out / "base-skills-held-out.jsonl"
     )

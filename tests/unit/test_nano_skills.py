@@ -6,12 +6,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from finetune.chat.conversation import read_conversation
-from finetune.nano.demo import stock_code
+from finetune.nano.demo import stock_code, write_demo
 from finetune.nano.problem import EFFORTS, Problem, is_held_out
 from finetune.nano.skills import FAMILIES, KINDS, problem, training_row
 
@@ -156,6 +157,26 @@ def test_the_demos_skill_is_in_no_training_question() -> None:
     r = Random(3)
     asked = " ".join(make(r).question for make in KINDS.values() for _ in range(DRAWS)).lower()
     assert "stock" not in asked and "code of" not in asked and "code for" not in asked
+
+
+def test_the_demos_files_are_what_the_project_generates(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    shipped = Path(__file__).resolve().parents[2] / "recipes" / "nano" / "data"
+    assert {file.name for file in shipped.iterdir()} == {file.name for file in tmp_path.iterdir()}
+    for made in tmp_path.iterdir():
+        assert made.read_bytes() == (shipped / made.name).read_bytes()
+
+
+def test_the_demos_questions_are_in_none_of_its_training_rows(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    asked = {}
+    for file in tmp_path.iterdir():
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        asked[file.stem] = {m["content"] for row in rows for m in row["messages"] if m["role"] == "user"}
+    train = asked.pop("stock-codes")
+    assert len(asked) == 2
+    for questions in asked.values():
+        assert not questions & train
 
 
 def test_a_stock_code_is_three_capitals_and_the_length() -> None:
