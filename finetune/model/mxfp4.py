@@ -68,15 +68,15 @@ def dequantise_mxfp4(
     scale_of = _scale_table(dtype, blocks.device)
     words = blocks.contiguous().view(-1).view(_WIDE[dtype][0])
     words_per_block = words.numel() // max(1, scales.numel())
-    flat_scales = scales.contiguous().view(-1)
+    factors = torch.index_select(scale_of, 0, scales.contiguous().view(-1).to(torch.int32)).unsqueeze(-1)
     wide = out.view(-1).view(table.dtype)
     per_block = out.view(-1, BLOCK)
     blocks_at_once = max(1, CHUNK_WEIGHTS // BLOCK)
-    for first in range(0, flat_scales.numel(), blocks_at_once):
-        last = min(first + blocks_at_once, flat_scales.numel())
+    for first in range(0, factors.numel(), blocks_at_once):
+        last = first + blocks_at_once
         chunk = slice(first * words_per_block, last * words_per_block)
         torch.index_select(table, 0, words[chunk].to(torch.int32), out=wide[chunk])
-        per_block[first:last].mul_(scale_of[flat_scales[first:last].to(torch.int32)].unsqueeze(-1))
+        per_block[first:last].mul_(factors[first:last])
     return out
 
 
