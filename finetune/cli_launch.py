@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from finetune.errors import FinetuneError
+from finetune.train.surroundings import LISTENS
 
 # The same as configs/single.yaml, for an installation without the checkout around it.
 _SINGLE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -33,27 +35,33 @@ def supervise(command: Sequence[str]) -> int:
     Ctrl-C and SIGTERM, whether they come from a terminal or to this process alone, are handed on to training
     as SIGINT. accelerate's parent process would die of them before training has saved: it inherits deafness
     (training sets a handler of its own) and, with training, a process group that a terminal does not signal.
+    Until training says that it listens, there is nothing to save, and both are ended.
 
     Raises:
-        FinetuneError: accelerate cannot be started.
+        FinetuneError: accelerate cannot be started, or was stopped before training began.
     """
     program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     try:
-        child = subprocess.Popen(program, process_group=0)
+        with TemporaryDirectory() as folder:
+            listens = Path(folder) / "listens"
+            child = subprocess.Popen(program, process_group=0, env={**os.environ, LISTENS: str(listens)})
 
-        def hand_on(number: int, frame: FrameType | None) -> None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGINT)
+            def hand_on(number: int, frame: FrameType | None) -> None:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGINT if listens.exists() else signal.SIGTERM)
 
-        signal.signal(signal.SIGINT, hand_on)
-        before |= {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGHUP)}
-        return 1 if child.wait() else 0
+            signal.signal(signal.SIGINT, hand_on)
+            before |= {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+            status = child.wait()
     except OSError as error:
         raise FinetuneError(f"accelerate cannot be started: {error}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if status == -signal.SIGTERM:
+        raise FinetuneError("stopped before training began")
+    return 1 if status else 0
 
 
 def _one_process() -> list[str]:

@@ -14,13 +14,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from finetune.check import require_ready
 from finetune.errors import FinetuneError, sentence_of
 from finetune.recipe import Recipe, dump_recipe
 from finetune.rundir import RunDir, recipe_of
-from finetune.train.surroundings import quieten, set_up_wandb
+from finetune.train.surroundings import LISTENS, quieten, set_up_wandb
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Started deaf to Ctrl-C (by `finetune train`, or in the background of a shell), it listens from here on.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if LISTENS in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ[LISTENS]).touch()
     first, out = os.environ.get("RANK", "0") == "0", sys.stdout
     try:
         # Whatever a library prints must not get between a machine and its JSON.

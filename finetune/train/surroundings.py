@@ -10,6 +10,9 @@ from pathlib import Path
 
 from finetune.recipe import Recipe
 
+# Names a file that training makes once it listens to Ctrl-C.
+LISTENS = "FINETUNE_LISTENS"
+
 _TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "torch", "torchao", "transformers", "trl")
 
 

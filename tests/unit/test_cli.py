@@ -162,7 +162,10 @@ def test_what_follows_two_dashes_goes_to_accelerate(recipe: Path, launched: list
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_finetune_train_reaches_training_past_the_launcher(number: signal.Signals) -> None:
     # Stands for accelerate: it must survive what its child, standing for training, is told.
-    training = "import signal, sys; signal.signal(2, lambda *_: sys.exit(0)); print('ready'); signal.pause()"
+    training = (
+        "import os, signal, sys; signal.signal(2, lambda *_: sys.exit(0)); "
+        "open(os.environ['FINETUNE_LISTENS'], 'w'); print('ready'); signal.pause()"
+    )
     launcher = (
         f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-u', '-c', {training!r}]))"
     )
@@ -175,6 +178,22 @@ def test_a_signal_to_finetune_train_reaches_training_past_the_launcher(number: s
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.wait(timeout=30) == 0
+
+
+def test_a_signal_before_training_listens_ends_the_launcher() -> None:
+    launcher = "import time; print('ready', flush=True); time.sleep(60)"
+    code = (
+        "import sys; from finetune import cli_launch; popen = cli_launch.subprocess.Popen; "
+        f"cli_launch.subprocess.Popen = lambda _, **k: popen([sys.executable, '-c', {launcher!r}], **k); "
+        "cli_launch.supervise(['accelerate'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert said.endswith("FinetuneError: stopped before training began\n")
 
 
 def test_train_passes_json_and_debug_on_and_keeps_standard_output_free(

@@ -10,7 +10,7 @@ import pytest
 
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir
+from finetune.rundir import RunDir, cache_folder, recipe_of
 
 
 @pytest.fixture
@@ -100,3 +100,20 @@ def test_a_disk_that_cannot_be_written_is_said_in_a_sentence(
         run.update(status="trained")
     assert at_start.value.sentence == later.value.sentence == sentence
     assert json.loads((run.path / "run.json").read_text()) == json.loads(before)
+
+
+def test_runs_share_a_cache_that_the_environment_may_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FINETUNE_CACHE", raising=False)
+    assert cache_folder() == Path("runs/.cache")
+    assert RunDir(tmp_path / "runs" / "one").cache == tmp_path / "runs" / ".cache"
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    assert cache_folder() == RunDir(tmp_path / "runs" / "one").cache == tmp_path
+
+
+def test_the_recipe_of_a_run_and_of_a_file_are_found_and_of_nothing_else(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for where, sentence in ((tmp_path, "this folder is not a run"), (missing, "no such recipe or run")):
+        with pytest.raises(FinetuneError, match=sentence):
+            recipe_of(where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 from pathlib import Path
 
@@ -110,6 +111,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
     (tmp_path / file).write_bytes(b"{")
     with pytest.raises(FinetuneError, match=rf"{file}: this checkpoint cannot be read"):
         checkpoint.load_state(tmp_path, model, optimizer, scheduler)
+
+
+def test_a_checkpoint_that_does_not_say_where_training_was_is_named(tmp_path: Path) -> None:
+    model, optimizer, scheduler = _trained("adamw", 1)
+    checkpoint.save_state(tmp_path, model, optimizer, scheduler, [])
+    steps = {"global_step": 1, "max_steps": 2, "log_history": []}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(steps))
+    checkpoint.require_whole(tmp_path)
+    for file, content in (("trainer_state.json", "{}"), ("state.json", "[1]")):
+        (tmp_path / file).write_text(content)
+        with pytest.raises(FinetuneError, match=rf"{file}: .* remove its folder to go on"):
+            checkpoint.require_whole(tmp_path)
+        (tmp_path / "trainer_state.json").write_text(json.dumps(steps))
 
 
 def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
