@@ -127,14 +127,7 @@ def released_sizes(
         "num_local_experts": experts,
         "output_router_logits": False,
         "rms_norm_eps": 1e-5,
-        "rope_scaling": {
-            "beta_fast": float(betas[0]),
-            "beta_slow": float(betas[1]),
-            "factor": factor,
-            "original_max_position_embeddings": original_context,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
+        "rope_scaling": _yarn(original_context, factor, betas),
         "rope_theta": theta,
         "router_aux_loss_coef": 0.9,
         "sliding_window": window,
@@ -142,4 +135,15 @@ def released_sizes(
         "tie_word_embeddings": False,
         "use_cache": True,
         "vocab_size": vocabulary,
+    }
+
+
+def _yarn(original_context: int, factor: float, betas: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "beta_fast": float(betas[0]),
+        "beta_slow": float(betas[1]),
+        "factor": factor,
+        "original_max_position_embeddings": original_context,
+        "rope_type": "yarn",
+        "truncate": False,
     }
