@@ -89,10 +89,10 @@ def _export(subject: Subject, to: str, out: Path, write: Write, *, force: bool) 
 
 
 def _write(subject: Subject, to: str, folder: Path) -> tuple[dict[str, Any], str]:
-    from finetune.export import bf16, gguf, gguf_lora, openai, sglang_lora
+    from finetune.export import bf16, dialect, gguf, gguf_lora, openai, sglang_lora
 
     if to == "bf16":
-        return bf16.write_bf16(subject, folder), bf16.USE
+        return bf16.write_bf16(subject, folder), dialect.MERGED_USE
     if to == "gguf":
         return gguf.write_gguf(subject, folder), gguf.USE
     if to == "openai":
@@ -106,8 +106,8 @@ def _write(subject: Subject, to: str, folder: Path) -> tuple[dict[str, Any], str
 def _write_mxfp4(
     subject: Subject, folder: Path, *, calibrate: str | Path | None, kept_at_least: float
 ) -> tuple[dict[str, Any], str]:
-    from finetune.export import mxfp4
+    from finetune.export import dialect, mxfp4
     from finetune.export.passages import find_passages
 
     passages = find_passages(subject, Path(calibrate) if calibrate else None)
-    return mxfp4.write_mxfp4(subject, folder, passages, kept_at_least=kept_at_least), mxfp4.USE
+    return mxfp4.write_mxfp4(subject, folder, passages, kept_at_least=kept_at_least), dialect.MERGED_USE

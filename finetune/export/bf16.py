@@ -19,16 +19,6 @@ from finetune.model import inspect_checkpoint
 from finetune.model.layout import expected_tensors
 
 EXPERT_WEIGHTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-USE = """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-```
-
-```
-vllm serve .
-```
-"""
 
 
 def write_bf16(subject: Subject, folder: Path) -> dict[str, Any]:

@@ -24,6 +24,18 @@ PACKED = {
     "quant_method": "mxfp4",
 }
 
+# For the model card of a merged checkpoint.
+MERGED_USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+```
+
+```
+vllm serve .
+```
+"""
+
 
 def released_config(config: dict[str, Any], *, packed: bool) -> dict[str, Any]:
     """The configuration in the released words; `packed` says whether the experts are MXFP4."""

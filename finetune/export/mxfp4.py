@@ -33,16 +33,6 @@ from finetune.model.lora import RANK_MULTIPLE
 
 # What an error counts at a token whose successor is not learned; those matter through attention alone.
 WEIGHT_NOT_LEARNED = 0.2
-USE = """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-```
-
-```
-vllm serve .
-```
-"""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune.export.dialect import PACKED
 from finetune.model.mxfp4 import quantise_mxfp4
 from finetune.nano.spec import NetworkSpec
 from finetune.nano.tokenizer import VOCABULARY, special_id
@@ -43,15 +44,7 @@ def released_config(network: NetworkSpec) -> dict[str, object]:
         "num_local_experts": network.experts,
         "output_router_logits": False,
         "pad_token_id": special_id("<|endoftext|>"),
-        "quantization_config": {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        },
+        "quantization_config": PACKED,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
             "beta_fast": 32.0,
