@@ -1,15 +1,117 @@
-"""How `finetune verify` looks on a terminal."""
+"""Commands of exports: write them, have them judged, and read other layouts back."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from finetune.export.verify import Verdict
+import typer
+
+from finetune.cli_common import Debug, Json, command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.export.verify import Verdict
+
+
+def export(
+    where: Annotated[
+        str, typer.Argument(metavar="RUN|ADAPTER|CHECKPOINT", help="A run, an adapter directory or a model.")
+    ],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="adapter (PEFT's own layout), mxfp4 or bf16 (merged), gguf-lora or sglang-lora; "
+            "of a model without an adapter: bf16, gguf or openai.",
+        ),
+    ] = "adapter",
+    base: Annotated[
+        str | None, typer.Option(help="The base of a bare adapter: a directory, a hub id or nano.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="mxfp4: conversations to fit to; else the run's data."),
+    ] = None,
+    kept_at_least: Annotated[
+        float, typer.Option(help="mxfp4: the share of what was gained that rounding has to keep.")
+    ] = 0.9,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what was trained for other tools to load."""
+    with command(as_json, debug, libraries=True) as output:
+        from finetune.export import export as write
+
+        facts = write(
+            where, to, out, base=base, calibrate=calibrate, kept_at_least=kept_at_least, force=force
+        )
+        if as_json:
+            output.json(facts)
+        else:
+            typer.echo(f"wrote {out} ({to}); what was checked is in {out / 'finetune_export.json'}")
+
+
+def verify(
+    where: Annotated[Path, typer.Argument(metavar="DIR", help="An export.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|ADAPTER|CHECKPOINT", help="What it was made from, where that is not found."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rows to ask about; the run's held-out rows if not given."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Load an export with another program and compare it with the tuned model: logits and greedy tokens."""
+    with command(as_json, debug, libraries=True) as output:
+        from rich.console import Console
+
+        from finetune.export.verify import verify as compare
+
+        verdict = compare(where, against=against, data=data)
+        if as_json:
+            output.json(verdict.to_dict())
+        else:
+            show_verdict(verdict, Console())
+        if not verdict.passed:
+            raise typer.Exit(1)
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A GGUF, OpenAI's original/, or a checkpoint directory.")
+    ],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where tokenizer.json is, if not beside the source.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put a gpt-oss of another layout into the released one, to train on."""
+    with command(as_json, debug, libraries=True) as output:
+        from finetune.export.importing import import_model
+
+        facts = import_model(source, out, tokenizer=tokenizer, force=force)
+        if as_json:
+            output.json(facts)
+        else:
+            typer.echo(f"wrote {out}: {facts['kind']}, from {facts['proof']['imported_from']}")
 
 
 def show_verdict(verdict: Verdict, console: Console) -> None:
     """The figures beside what is allowed, then the outcome."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in (f"{verdict.format}, by {verdict.judge}", "found", "allowed"):
         table.add_column(heading, justify="left" if heading.startswith(verdict.format) else "right")
