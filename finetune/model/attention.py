@@ -135,7 +135,7 @@ class _PackedAttention(torch.autograd.Function):
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks, None, None, None
 
 
-def _dense_attention(
+def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
 ) -> Tensor:
     """For generation with a cache: an additive `mask [B, 1, q, k]`, few queries. -> `[B, Hq, q, D]`."""
@@ -160,7 +160,7 @@ def attend(
         packing, window = attention_mask, sliding_window
         out = _PackedAttention.apply(query, key, value, s_aux, packing, window, scaling)  # type: ignore[no-untyped-call]
     else:
-        out = _dense_attention(query, key, value, attention_mask, s_aux, scaling)
+        out = dense_attention(query, key, value, attention_mask, s_aux, scaling)
     return out.transpose(1, 2), None
 
 
