@@ -1,21 +1,17 @@
-"""Random gpt-oss checkpoints for tests, in the layout of the release: MXFP4 experts, the rest bf16.
-
-Weights are scaled so that activations stay near 1: a difference between two programs is then a real one, not
-an overflow, and logits are small enough that float32 differences under 1e-5 mean something.
-"""
+"""Random gpt-oss checkpoints for tests, in the layout of the release: MXFP4 experts, the rest bf16."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from finetune.bench.random_weights import random_tensors, release_config
 
 NANO = Path(__file__).resolve().parent.parent / "finetune" / "assets" / "nano"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -31,8 +27,6 @@ HARMONY_TOKENS = (
     "<|call|>",
     "<|endofprompt|>",
 )
-# Root mean square of the sixteen FP4 values when every code is equally likely.
-FP4_RMS = math.sqrt((0 + 0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
 
 
 def write_random_checkpoint(
@@ -62,13 +56,14 @@ def write_random_checkpoint(
     """
     assert hidden % 32 == 0 and intermediate % 32 == 0
     path.mkdir(parents=True, exist_ok=True)
-    config = _config(
-        hidden, layers, experts, top_k, intermediate, heads, kv_heads, head_dim, vocab, sliding_window
-    )
+    config = release_config(
+        hidden=hidden, intermediate=intermediate, layers=layers, experts=experts, top_k=top_k, heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, sliding_window=sliding_window,
+    )  # fmt: skip
     if experts_as == "bf16":
         del config["quantization_config"]
     generator = torch.Generator().manual_seed(seed)
-    tensors = dict(_tensors(config, generator, packed=experts_as == "mxfp4"))
+    tensors = dict(random_tensors(config, generator, packed=experts_as == "mxfp4"))
     _save(path, tensors, shards)
     special = _write_tokenizer(path, tokenizer, vocab)
     config["eos_token_id"], config["pad_token_id"] = special["<|return|>"], special["<|endoftext|>"]
@@ -82,109 +77,6 @@ def write_random_checkpoint(
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps(generation, indent=2))
     return path
-
-
-def _config(
-    hidden: int,
-    layers: int,
-    experts: int,
-    top_k: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    vocab: int,
-    sliding_window: int,
-) -> dict[str, object]:
-    """The keys of the released config.json, in the dialect of transformers 4 that it is written in."""
-    kinds = ["sliding_attention", "full_attention"]
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False}
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "experts_per_token": top_k,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initial_context_length": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": intermediate,
-        "layer_types": [kinds[layer % 2] for layer in range(layers)],
-        "max_position_embeddings": 131072,
-        "num_attention_heads": heads,
-        "num_experts_per_tok": top_k,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "num_local_experts": experts,
-        "output_router_logits": False,
-        "quantization_config": {"modules_to_not_convert": skipped, "quant_method": "mxfp4"},
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": {**yarn, "original_max_position_embeddings": 4096},
-        "rope_theta": 150000,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": sliding_window,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": vocab,
-    }
-
-
-def _tensors(
-    config: dict[str, object], generator: torch.Generator, *, packed: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the whole model, layer by layer."""
-
-    def size(key: str) -> int:
-        value = config[key]
-        assert isinstance(value, int)
-        return value
-
-    def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).bfloat16()
-
-    hidden, inner, experts = size("hidden_size"), size("intermediate_size"), size("num_local_experts")
-    query = size("num_attention_heads") * size("head_dim")
-    key_value = size("num_key_value_heads") * size("head_dim")
-    yield "model.embed_tokens.weight", normal(size("vocab_size"), hidden, std=1.0)
-    yield "lm_head.weight", normal(size("vocab_size"), hidden, std=hidden**-0.5)
-    yield "model.norm.weight", 1 + normal(hidden, std=0.1)
-    for layer in range(size("num_hidden_layers")):
-        at = f"model.layers.{layer}."
-        yield at + "input_layernorm.weight", 1 + normal(hidden, std=0.1)
-        yield at + "post_attention_layernorm.weight", 1 + normal(hidden, std=0.1)
-        yield at + "self_attn.sinks", normal(size("num_attention_heads"), std=1.0)
-        projections = {
-            "q": (query, hidden),
-            "k": (key_value, hidden),
-            "v": (key_value, hidden),
-            "o": (hidden, query),
-        }
-        for name, (rows, columns) in projections.items():
-            yield f"{at}self_attn.{name}_proj.weight", normal(rows, columns, std=columns**-0.5)
-            yield f"{at}self_attn.{name}_proj.bias", normal(rows, std=0.1)
-        yield at + "mlp.router.weight", normal(experts, hidden, std=hidden**-0.5)
-        yield at + "mlp.router.bias", normal(experts, std=0.1)
-        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
-            yield f"{at}mlp.experts.{name}_bias", normal(experts, rows, std=0.1)
-            if packed:
-                blocks, scales = _random_mxfp4(experts, rows, columns, generator)
-                yield f"{at}mlp.experts.{name}_blocks", blocks
-                yield f"{at}mlp.experts.{name}_scales", scales
-            else:
-                yield f"{at}mlp.experts.{name}", normal(experts, columns, rows, std=columns**-0.5)
-
-
-def _random_mxfp4(experts: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Uniform codes, and scales within a factor of two of what gives the weight a std of columns**-0.5."""
-    shape = (experts, rows, columns // 32)
-    blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-    middle = 127 + round(math.log2(columns**-0.5 / FP4_RMS))
-    scales = torch.randint(middle - 1, middle + 2, shape, generator=generator, dtype=torch.uint8)
-    return blocks, scales
 
 
 def _save(path: Path, tensors: dict[str, Tensor], shards: int) -> None:

@@ -1,53 +1,18 @@
-"""What every measurement records beside its figures: versions, hardware, date; and where it is kept."""
+"""Where this project's own measurements are kept; what is recorded beside them is `finetune bench`'s."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
+from finetune.bench import conditions as shared
+from finetune.bench.conditions import conditions, forget_peak, resident_gib
+
+__all__ = ["REFERENCE", "conditions", "forget_peak", "record", "resident_gib"]
+
 REFERENCE = Path(__file__).resolve().parent.parent.parent / "runs" / "reference"
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
-KIB_PER_GIB = 1 << 20
-
-
-def conditions() -> dict[str, Any]:
-    """Versions, processor, cores, memory and date."""
-    import torch
-
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((line for line in info if line.startswith("flags")), "")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "processor": next(
-            (line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "unknown"
-        ),
-        "bf16_instructions": "avx512_bf16" in flags or "amx_bf16" in flags,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-
-
-def resident_gib(field: str = "VmHWM") -> float:
-    """A line of /proc/self/status in GiB: VmHWM (peak), VmRSS (now), RssAnon (now, without mapped files)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / KIB_PER_GIB
-    return float("nan")
 
 
 def record(name: str, command: str, figures: dict[str, Any]) -> Path:
     """Keep figures under runs/reference/ with the command that made them."""
-    REFERENCE.mkdir(parents=True, exist_ok=True)
-    file = REFERENCE / f"{name}.json"
-    file.write_text(
-        json.dumps({"command": command, "conditions": conditions(), "figures": figures}, indent=2) + "\n"
-    )
-    return file
+    return shared.record(REFERENCE, name, command, figures)

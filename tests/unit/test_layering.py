@@ -25,12 +25,14 @@ ALLOWED = {
     "train": BELOW_STAGES,
     "evaluate": BELOW_STAGES,
     "export": BELOW_STAGES,
+    "predict": {"errors", "recipe", "model"},
+    "bench": BELOW_STAGES | {"predict"},
     # Makes the bundled model: a user of every stage.
     "nano": BELOW_STAGES | {"train", "evaluate", "export"},
 }
 ENTRY_POINTS = {"__init__", "cli", "check", "pipeline", "train/__main__"}
 # Imported at the start of every command, so what they import at once must load in a moment.
-LIGHT = {"__init__", "cli", "check", "recipe", "errors", "rundir", "chat"}
+LIGHT = {"__init__", "cli", "check", "recipe", "errors", "rundir", "chat", "predict"}
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "wandb", "bitsandbytes", "numpy"}
 
 
