@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, writing
+from finetune.manifest import MANIFEST, sha256
 
-MANIFEST = "finetune_export.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -80,8 +79,3 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     manifest = {**facts, "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError
-from finetune.export.bundle import MANIFEST, sha256
 from finetune.export.peft_files import WEIGHTS, Adapter, Sizes, check, complete, expert_deltas
+from finetune.manifest import MANIFEST, sha256
 from finetune.model import fingerprint, resolve
 from finetune.model.places import ADAPTER_FILE, BASE_RECORD, adapter_base
 from finetune.rundir import RunDir

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.errors import FinetuneError, writing
-from finetune.export.bundle import MANIFEST, sha256
 from finetune.export.judges import JUDGE_OF, LLAMA, asked, stock_model, transformers_logits, why_not
 from finetune.export.prompts import Prompts, find_prompts
 from finetune.export.subject import Subject, find_subject
+from finetune.manifest import MANIFEST, read_manifest
 from finetune.model import inspect_checkpoint, load_base
 from finetune.model.lora import load_adapter
 from finetune.rundir import RunDir
@@ -94,28 +94,6 @@ def verify(where: str | Path, *, against: str | None = None, data: Path | None =
     with writing(folder):
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return verdict
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """An export's record, its files checked against their sums.
-
-    Raises:
-        FinetuneError: there is none, or a file is missing or not as it was written.
-    """
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        files, _ = manifest["files"], manifest["format"]
-    except OSError:
-        raise FinetuneError(f"this is not an export: it has no {MANIFEST}", at=str(folder)) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FinetuneError(f"this record cannot be read: {error!r}", at=str(file)) from error
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise FinetuneError("this file of the export is missing", at=str(folder / name))
-        if sha256(folder / name) != digest:
-            raise FinetuneError("this file is not as it was exported", at=str(folder / name))
-    return dict(manifest)
 
 
 def _source(folder: Path, manifest: dict[str, Any], against: str | None) -> Subject:

@@ -11,9 +11,9 @@ import pytest
 
 from finetune.errors import FinetuneError
 from finetune.export import export
-from finetune.export.bundle import MANIFEST, sha256
 from finetune.export.judges import JUDGE_OF, LLAMA, OPENAI
 from finetune.export.verify import Verdict, verify
+from finetune.manifest import MANIFEST, sha256
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from tests.checkpoints import NANO

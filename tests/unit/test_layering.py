@@ -14,9 +14,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py")])
 
 # What each part may import of finetune. Stages know nothing of each other: they meet in the run directory.
-BELOW_STAGES = {"errors", "recipe", "rundir", "chat", "data", "model"}
+BELOW_STAGES = {"errors", "manifest", "recipe", "rundir", "chat", "data", "model"}
 ALLOWED = {
     "errors": set[str](),
+    "manifest": {"errors"},
     "chat": {"errors"},
     "recipe": {"errors"},
     "rundir": {"errors", "recipe"},
@@ -25,6 +26,7 @@ ALLOWED = {
     "train": BELOW_STAGES,
     "evaluate": BELOW_STAGES,
     "export": BELOW_STAGES,
+    "serve": BELOW_STAGES,
     "predict": {"errors", "recipe", "model"},
     "bench": BELOW_STAGES | {"predict"},
     # Makes the bundled model: a user of every stage.
@@ -33,7 +35,18 @@ ALLOWED = {
 ENTRY_POINTS = {"__init__", "cli", "check", "pipeline", "train/__main__"}
 # Imported at the start of every command, so what they import at once must load in a moment.
 LIGHT = {"__init__", "cli", "check", "recipe", "errors", "rundir", "chat", "predict"}
-HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "wandb", "bitsandbytes", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "trl",
+    "peft",
+    "accelerate",
+    "wandb",
+    "bitsandbytes",
+    "numpy",
+    "fastapi",
+}
 
 
 def name_of(path: Path) -> str:
