@@ -63,9 +63,19 @@ def new(
 
 @app.command()
 def check(
-    recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Predict for this GPU instead of this machine: h100-80, rtx4090, 16gb, ..."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="What the machine costs an hour, in any currency.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Validate a recipe, show what it resolves to, and find its data and base; loads no weights."""
+    """Validate a recipe, find its data and base, and predict memory, time and cost; loads no weights."""
     with command(as_json, debug) as output:
         from rich.console import Console
 
@@ -73,7 +83,7 @@ def check(
         from finetune.cli_show import show_check
         from finetune.recipe import load_recipe
 
-        report = look(load_recipe(recipe, overrides or ()))
+        report = look(load_recipe(recipe, overrides or ()), gpu=gpu, price=price)
         if not as_json:
             show_check(report, Console())
         if report.problem:
@@ -144,7 +154,11 @@ def train(
 
         # A mistake is said now rather than after the seconds that accelerate takes to start.
         recipe = recipe_of(where, overrides or ())
-        (require_files if RunDir.is_run(where) else require_ready)(recipe)
+        if RunDir.is_run(where):
+            require_files(recipe)
+        else:
+            # How a launcher's own arguments share the model out is not known here.
+            require_ready(recipe, alone=not ctx.obj)
         flags = ["--json"] * as_json + ["--debug"] * debug
         words = launch_command(where, overrides or (), ctx.obj, flags)
         typer.secho(shlex.join(words), dim=True, err=as_json)

@@ -11,6 +11,7 @@ from rich.table import Table
 from finetune.check import CheckReport, FoundBase, FoundRows
 from finetune.cli_common import said_bytes
 from finetune.cli_doctor import Diagnosis
+from finetune.predict import Prediction, said_change
 from finetune.recipe import dump_recipe
 from finetune.rundir import RunDir
 
@@ -24,6 +25,60 @@ def show_check(report: CheckReport, console: Console) -> None:
         table.add_row(found.key, _from_here(found.where), _said_rows(found))
     console.print()
     console.print(table)
+    if report.prediction:
+        show_prediction(report.prediction, console)
+    elif report.unpredicted:
+        console.print(f"\nno prediction: {report.unpredicted}")
+
+
+def show_prediction(found: Prediction, console: Console) -> None:
+    """Memory by part, speed, time and cost; of a GPU they are figures of a data sheet, not of a run."""
+    memory, machine, speed = found.memory, found.machine, found.speed
+    console.print(f"\npredicted for {machine.name}", style="bold")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for name, said in _MEMORY_PARTS.items():
+        if size := getattr(memory, name):
+            table.add_row(name, said_bytes(size), said)
+    room = f"of {said_bytes(machine.memory)}, at the {memory.when}"
+    style = "green" if found.fits else "red"
+    table.add_row("peak memory", said_bytes(memory.total), room, style=style)
+    console.print(table)
+    if found.change:
+        console.print(f"it does not fit: {said_change(found.change)}", style="red")
+    share = max(part.seconds for part in speed.parts) / speed.step_seconds
+    most = max(speed.parts, key=lambda part: part.seconds).name
+    console.print(
+        f"speed: {speed.tokens_per_second:,.0f} tokens/s, {speed.step_seconds:.2f} s a step of "
+        f"{speed.tokens:,} tokens; limited by {speed.limit} ({most}: {share:.0%})"
+    )
+    if found.seconds is not None:
+        cost = "" if found.cost is None else f", costing {found.cost:,.2f} at {found.price:g} an hour"
+        console.print(f"training: {found.steps:,} steps in {said_seconds(found.seconds)}{cost}")
+
+
+_MEMORY_PARTS = {
+    "experts": "as stored, with biases",
+    "dense": "attention, router, embeddings, head",
+    "adapter": "trained weights in float32",
+    "gradients": "of the adapter",
+    "optimizer": "moments of the adapter",
+    "activations": "kept for backward, and at work in one layer",
+    "scratch": "decoded experts of one group",
+    "logits": "tiles of the output head",
+    "libraries": "before a model is loaded",
+    "allocator": "freed, but not given back",
+}
+
+
+def said_seconds(seconds: float) -> str:
+    """Time as people say it: 40 s, 12 min, 3.2 h, 4.0 days."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _from_here(path: str) -> str:

@@ -123,7 +123,11 @@ class DataSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """The optimisation. `tokens_per_step` counts over all processes; `warmup` is a share of the steps."""
+    """The optimisation. `tokens_per_step` counts over all processes; `warmup` is a share of the steps.
+
+    `profile` records a few steps and where their time and memory went; `force_memory` trains even where the
+    memory that is free is predicted not to do.
+    """
 
     epochs: Positive = 1.0
     max_steps: Count | None = None
@@ -142,6 +146,8 @@ class TrainSpec(Spec):
     gradient_checkpointing: bool = True
     router_aux_loss: NotNegative = 0.0
     verify_frozen: bool = False
+    profile: bool = False
+    force_memory: bool = False
 
 
 class Task(Spec):

@@ -119,7 +119,7 @@ def _run_directory(where: str, recipe: Recipe, state: Any) -> RunDir:
         if RunDir.is_run(where):
             run = RunDir.open(where)
         else:
-            require_ready(recipe)
+            require_ready(recipe, alone=state.num_processes == 1)
             run = RunDir.create(recipe)
         path = [str(run.path)]
     broadcast_object_list(path)

@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluate": BELOW_STAGES,
     "export": BELOW_STAGES,
     "serve": BELOW_STAGES,
-    "predict": {"errors", "recipe", "model"},
+    "predict": BELOW_STAGES - {"rundir"},
     "bench": BELOW_STAGES | {"predict"},
     # Makes the bundled model: a user of every stage.
     "nano": BELOW_STAGES | {"train", "evaluate", "export"},
