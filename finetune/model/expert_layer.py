@@ -21,35 +21,91 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from finetune.model.experts import Decoder, Scratch
 
-class Factors(NamedTuple):
-    """LoRA of one projection, its scale folded into `b`: the map gains `b a`."""
+
+# grouped_mm wants rows of a multiple of 16 bytes: 8 columns of bfloat16.
+RANK_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Factors:
+    """LoRA of one projection: the map gains `scale * b a`. Views of the parameters, whose dtype they have."""
 
     a: Tensor  # [E, R, in]
     b: Tensor  # [E, out, R]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def ready(self, dtype: torch.dtype) -> Factors:
+        """Contiguous in `dtype`, padded with zeros to a rank that grouped_mm takes, the scale in `b`."""
+        padding = -self.rank % RANK_MULTIPLE
+        a = F.pad(self.a, (0, 0, 0, padding)).to(dtype).contiguous()
+        b = F.pad(self.b * self.scale, (0, padding)).to(dtype).contiguous()
+        return Factors(a, b)
+
+    def gradients(self, ready: Factors) -> Factors:
+        """From the gradients of the factors that `ready` gave to those of these."""
+        a = ready.a[:, : self.rank].to(self.a.dtype)
+        b = ready.b[:, :, : self.rank].to(self.b.dtype) * self.scale
+        return Factors(a, b)
+
+
+class Gradients(NamedTuple):
+    """What backward gives: `x [T, H]`, `scores [T, k]`, and of the factors that there are."""
+
+    x: Tensor
+    scores: Tensor
+    up: Factors | None
+    down: Factors | None
+
+
+class BackEnd(Protocol):
+    """The products of the layer for a kind of device; `finetune.model.kernels.wide` has those for GPUs."""
+
+    def forward(
+        self, x: Tensor, scores: Tensor, routing: Routing, experts: FrozenExperts,
+        up: Factors | None, down: Factors | None,
+    ) -> Tensor: ...  # fmt: skip
+    def backward(
+        self, x: Tensor, scores: Tensor, d_out: Tensor, routing: Routing, experts: FrozenExperts,
+        up: Factors | None, down: Factors | None,
+    ) -> Gradients: ...  # fmt: skip
 
 
 class FrozenExperts(Protocol):
     """What the layer asks of the module that holds the weights."""
 
     num_experts: int
+    hidden_size: int
+    intermediate_size: int
     alpha: float
     limit: float
+    scratch: Scratch
+
+    def back_end(self, x: Tensor) -> BackEnd: ...
 
     @property
     def gate_up_proj_bias(self) -> Tensor: ...  # [E, 2I]
     @property
     def down_proj_bias(self) -> Tensor: ...  # [E, H]
     def group_size(self, dtype: torch.dtype) -> int: ...
+    def features(self, parameter_name: str) -> tuple[int, int]: ...
+    def bias(self, parameter_name: str) -> Tensor: ...  # [E, out]
+    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None: ...
     def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, 2I, H]
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, H, I]
-    def note_gradient(self, expert: Tensor, live: Tensor) -> None: ...
+    def note_gradient(self, expert: Tensor, d_rows: Tensor, score: Tensor) -> None: ...
 
 
 @dataclass
@@ -96,14 +152,14 @@ class Routing:
         self.inverse = torch.empty_like(self.order)
         self.inverse[self.order] = torch.arange(self.order.numel(), device=indices.device)
         self.ends = torch.bincount(self.expert, minlength=num_experts).cumsum(0).to(torch.int32)  # [E]
-        self._host_ends = self.ends.tolist()
+        self.host_ends: list[int] = self.ends.tolist()
 
     def groups(self, size: int) -> Iterator[Group]:
         """Groups of up to `size` experts; those without a row are passed over."""
         start = 0
-        for first in range(0, len(self._host_ends), size):
-            last = min(first + size, len(self._host_ends))
-            end = self._host_ends[last - 1]
+        for first in range(0, len(self.host_ends), size):
+            last = min(first + size, len(self.host_ends))
+            end = self.host_ends[last - 1]
             if end > start:
                 yield Group(first, last, slice(start, end), self.ends[first:last] - start)
             start = end
@@ -186,8 +242,8 @@ class _Gradients:
         rows = routing.order.numel()
         self.x_rows = x.new_zeros(rows, x.shape[1])  # [N, H]
         self.score_rows = x.new_zeros(rows, dtype=torch.promote_types(x.dtype, torch.float32))  # [N]
-        self.up = Factors(*map(torch.zeros_like, up)) if up else None
-        self.down = Factors(*map(torch.zeros_like, down)) if down else None
+        self.up = Factors(torch.zeros_like(up.a), torch.zeros_like(up.b)) if up else None
+        self.down = Factors(torch.zeros_like(down.a), torch.zeros_like(down.b)) if down else None
 
 
 def _backward_group(
@@ -224,48 +280,73 @@ def _backward_group(
     grads.x_rows[group.rows] = d_x
 
 
+class SeparateProducts:
+    """The back end of CPUs: base and LoRA in products of their own, rows taken group by group."""
+
+    def forward(
+        self, x: Tensor, scores: Tensor, routing: Routing, experts: FrozenExperts,
+        up: Factors | None, down: Factors | None,
+    ) -> Tensor:  # fmt: skip
+        """`x [T, H]`, `scores [T, k]` -> `[T, H]`."""
+        up, down = up and up.ready(x.dtype), down and down.ready(x.dtype)
+        out_rows = x.new_empty(routing.order.numel(), x.shape[1])  # [N, H]
+        for group in routing.groups(experts.group_size(x.dtype)):
+            x_rows = x[routing.token[group.rows]]
+            up_map = _up_projection(experts, group, up, x.dtype)
+            y = up_map.apply(x_rows, up_map.low_rank(x_rows))
+            hidden = clamped_swiglu(y, experts.alpha, experts.limit).hidden.to(x.dtype)
+            down_map = _down_projection(experts, group, down, x.dtype)
+            out_rows[group.rows] = down_map.apply(hidden, down_map.low_rank(hidden))
+        return routing.combine(out_rows, scores)
+
+    def backward(
+        self, x: Tensor, scores: Tensor, d_out: Tensor, routing: Routing, experts: FrozenExperts,
+        up: Factors | None, down: Factors | None,
+    ) -> Gradients:  # fmt: skip
+        """`d_out [T, H]` -> the gradients of x, the scores and the factors."""
+        up_ready, down_ready = up and up.ready(x.dtype), down and down.ready(x.dtype)
+        grads = _Gradients(x, routing, up_ready, down_ready)
+        sorted_scores = scores.reshape(-1)[routing.order].to(x.dtype).unsqueeze(1)  # [N, 1]
+        for group in routing.groups(experts.group_size(x.dtype)):
+            token = routing.token[group.rows]
+            up_map = _up_projection(experts, group, up_ready, x.dtype)
+            down_map = _down_projection(experts, group, down_ready, x.dtype)
+            d_rows, score = d_out[token], sorted_scores[group.rows]
+            _backward_group(
+                grads, group, up_map, down_map, x[token], d_rows, score, experts.alpha, experts.limit
+            )
+            experts.note_gradient(routing.expert[group.rows], d_rows, score[:, 0])
+        d_scores = grads.score_rows[routing.inverse].view(scores.shape).to(scores.dtype)
+        d_up = up.gradients(grads.up) if up and grads.up else None
+        d_down = down.gradients(grads.down) if down and grads.down else None
+        return Gradients(routing.combine(grads.x_rows), d_scores, d_up, d_down)
+
+
 class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scores: Tensor, up_a: Tensor | None, up_b: Tensor | None,
-        down_a: Tensor | None, down_b: Tensor | None, routing: Routing, experts: FrozenExperts,
+        down_a: Tensor | None, down_b: Tensor | None, scales: tuple[float, float],
+        routing: Routing, experts: FrozenExperts,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, scores, up_a, up_b, down_a, down_b)
-        ctx.routing, ctx.experts = routing, experts
-        up_factors, down_factors = _factors(up_a, up_b), _factors(down_a, down_b)
-        out_rows = x.new_empty(routing.order.numel(), x.shape[1])  # [N, H]
-        for group in routing.groups(experts.group_size(x.dtype)):
-            x_rows = x[routing.token[group.rows]]
-            up = _up_projection(experts, group, up_factors, x.dtype)
-            y = up.apply(x_rows, up.low_rank(x_rows))
-            hidden = clamped_swiglu(y, experts.alpha, experts.limit).hidden.to(x.dtype)
-            down = _down_projection(experts, group, down_factors, x.dtype)
-            out_rows[group.rows] = down.apply(hidden, down.low_rank(hidden))
-        return routing.combine(out_rows, scores)
+        ctx.scales, ctx.routing, ctx.experts = scales, routing, experts
+        up, down = _factors(up_a, up_b, scales[0]), _factors(down_a, down_b, scales[1])
+        return experts.back_end(x).forward(x, scores, routing, experts, up, down)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, scores, up_a, up_b, down_a, down_b = ctx.saved_tensors
-        routing: Routing = ctx.routing
-        experts: FrozenExperts = ctx.experts
+        up, down = _factors(up_a, up_b, ctx.scales[0]), _factors(down_a, down_b, ctx.scales[1])
         d_out = grad_outputs[0].to(x.dtype)  # [T, H]
-        up_factors, down_factors = _factors(up_a, up_b), _factors(down_a, down_b)
-        grads = _Gradients(x, routing, up_factors, down_factors)
-        sorted_scores = scores.reshape(-1)[routing.order].to(x.dtype).unsqueeze(1)  # [N, 1]
-        for group in routing.groups(experts.group_size(x.dtype)):
-            token = routing.token[group.rows]
-            up = _up_projection(experts, group, up_factors, x.dtype)
-            down = _down_projection(experts, group, down_factors, x.dtype)
-            d_rows, score = d_out[token], sorted_scores[group.rows]
-            _backward_group(grads, group, up, down, x[token], d_rows, score, experts.alpha, experts.limit)
-            experts.note_gradient(routing.expert[group.rows], d_rows.any(1) & (score[:, 0] != 0))
-        d_scores = grads.score_rows[routing.inverse].view(scores.shape).to(scores.dtype)
-        d_up, d_down = grads.up or (None, None), grads.down or (None, None)
-        return routing.combine(grads.x_rows), d_scores, *d_up, *d_down, None, None
+        grads = ctx.experts.back_end(x).backward(x, scores, d_out, ctx.routing, ctx.experts, up, down)
+        d_up = (grads.up.a, grads.up.b) if grads.up else (None, None)
+        d_down = (grads.down.a, grads.down.b) if grads.down else (None, None)
+        return grads.x, grads.scores, *d_up, *d_down, None, None, None
 
 
-def _factors(a: Tensor | None, b: Tensor | None) -> Factors | None:
-    return Factors(a, b) if a is not None and b is not None else None
+def _factors(a: Tensor | None, b: Tensor | None, scale: float) -> Factors | None:
+    return Factors(a, b, scale) if a is not None and b is not None else None
 
 
 def run_experts(
@@ -278,6 +359,7 @@ def run_experts(
     precision, while the activation between the projections runs in at least float32.
     """
     routing = Routing(indices, experts.num_experts)
-    factors = *(up or (None, None)), *(down or (None, None))
-    out: Tensor = _ExpertLayer.apply(x, scores, *factors, routing, experts)  # type: ignore[no-untyped-call]
+    factors = [factor for pair in (up, down) for factor in ((pair.a, pair.b) if pair else (None, None))]
+    scales = up.scale if up else 1.0, down.scale if down else 1.0
+    out: Tensor = _ExpertLayer.apply(x, scores, *factors, scales, routing, experts)  # type: ignore[no-untyped-call]
     return out

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig
 
-from finetune.model.expert_layer import Factors, run_experts
+from finetune.model.expert_layer import BackEnd, Factors, SeparateProducts, run_experts
 from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
 from finetune.model.mxfp4 import dequantise_mxfp4
+
+# Blocks, scales, and where the weights go.
+Decoder = Callable[[Tensor, Tensor, Tensor], None]
 
 # Weights that a group of experts decodes at once. Below it, small experts share one grouped product instead
 # of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b (16.6 M weights) fills
@@ -24,6 +28,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.back_ends: dict[tuple[torch.device, torch.dtype], BackEnd] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with whatever its last user left in it; valid until the next call for the same purpose."""
@@ -33,8 +38,20 @@ class Scratch:
             buffer = self._buffers[purpose, dtype, device] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
+    def clear(self) -> None:
+        """Give the memory back; what was handed out stays with those who have it."""
+        self._buffers.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
         return Scratch()
+
+
+def _back_end_for(device: torch.device, dtype: torch.dtype) -> BackEnd:
+    if device.type == "cpu":
+        return SeparateProducts()
+    from finetune.model.kernels.wide import Wide
+
+    return Wide.on(device, dtype)
 
 
 class Experts(nn.Module, ABC):
@@ -82,10 +99,21 @@ class Experts(nn.Module, ABC):
         device = self.gate_up_proj_bias.device
         self.live_experts = torch.zeros(self.num_experts, dtype=torch.bool, device=device) if on else None
 
-    def note_gradient(self, expert: Tensor, live: Tensor) -> None:
-        """`expert [n]` of each row; `live [n]`: whether a non-zero gradient came to it."""
+    def note_gradient(self, expert: Tensor, d_rows: Tensor, score: Tensor) -> None:
+        """`expert [n]` of each row, the gradient `d_rows [n, H]` that came to it, its weight `score [n]`."""
         if self.live_experts is not None:
-            self.live_experts[expert[live]] = True
+            self.live_experts[expert[d_rows.any(1) & (score != 0)]] = True
+
+    def back_end(self, x: Tensor) -> BackEnd:
+        """What multiplies rows like `x`; kept with the scratch memory, which all layers share."""
+        kept = self.scratch.back_ends
+        if (x.device, x.dtype) not in kept:
+            kept[x.device, x.dtype] = _back_end_for(x.device, x.dtype)
+        return kept[x.device, x.dtype]
+
+    def bias(self, parameter_name: str) -> Tensor:
+        """`[E, out]` of `gate_up_proj` or `down_proj`."""
+        return self.get_parameter(f"{parameter_name}_bias")
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """`hidden_states [T, H]`, `router_indices [T, k]`, `routing_weights [T, k]` -> `[T, H]`."""
@@ -99,6 +127,10 @@ class Experts(nn.Module, ABC):
     @abstractmethod
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """`[last - first, H, I]`."""
+
+    @abstractmethod
+    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
+        """Weights of `gate_up_proj` or `down_proj` into the first columns of `out [last - first, out, W]`."""
 
 
 class PackedExperts(Experts):
@@ -116,6 +148,10 @@ class PackedExperts(Experts):
             scales = torch.empty(self.num_experts, outputs, inputs // BLOCK, dtype=torch.uint8)
             self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
         self._add_biases()
+
+    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
+        blocks = self.get_parameter(name)[first:last]
+        decode(blocks, self.get_parameter(f"{name}_scales")[first:last], out)
 
     def _decode(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         blocks = self.get_parameter(name)[first:last]
@@ -147,3 +183,7 @@ class DenseExperts(Experts):
 
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.down_proj[first:last].to(dtype).transpose(1, 2)
+
+    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
+        weights = self.get_parameter(name)[first:last].transpose(1, 2)
+        out[..., : weights.shape[2]] = weights

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER_PARAMETERS = ["mlp.router.weight"]
-# grouped_mm wants rows of a multiple of 16 bytes: 8 columns of bfloat16.
-RANK_MULTIPLE = 8
 
 
 class ExpertsLora(ParamWrapper):  # type: ignore[misc]  # PEFT has no types
@@ -42,18 +38,17 @@ class ExpertsLora(ParamWrapper):  # type: ignore[misc]  # PEFT has no types
         return experts.features(self.parameter_name)
 
     def factors(self, adapters: Sequence[str]) -> Factors:
-        """The active adapters' factors side by side, `a [E, R, in]`, `b [E, out, R]`, R padded with zeros."""
-        rank_of = [self.lora_A[name].weight.shape[0] // self.num_experts for name in adapters]
+        """The active adapters' factors, `a [E, R, in]`, `b [E, out, R]`: views of one, or several joined."""
         a = [self.lora_A[name].weight.view(self.num_experts, -1, self.in_features) for name in adapters]
         b = [
-            self.lora_B[name].weight.view(self.out_features, -1, self.num_experts) * self.scaling[name]
+            self.lora_B[name].weight.view(self.out_features, -1, self.num_experts).permute(2, 0, 1)
             for name in adapters
         ]
-        padding = math.ceil(sum(rank_of) / RANK_MULTIPLE) * RANK_MULTIPLE - sum(rank_of)
-        dtype = self.get_base_layer().gate_up_proj_bias.dtype
-        joined_a = F.pad(torch.cat(a, dim=1), (0, 0, 0, padding)).to(dtype)
-        joined_b = F.pad(torch.cat(b, dim=1), (0, 0, 0, padding)).to(dtype)
-        return Factors(joined_a.contiguous(), joined_b.permute(2, 0, 1).contiguous())
+        scales = [self.scaling[name] for name in adapters]
+        if len(adapters) == 1:
+            return Factors(a[0], b[0], scales[0])
+        scaled = [factor * scale for factor, scale in zip(b, scales, strict=True)]
+        return Factors(torch.cat(a, dim=1), torch.cat(scaled, dim=2))
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig
 
+from finetune.model import expert_layer, mxfp4
 from finetune.model import experts as experts_module
-from finetune.model import lora as lora_module
-from finetune.model import mxfp4
 from finetune.model.experts import DenseExperts, Experts, PackedExperts, Scratch
 from finetune.model.lora import EXPERT_PARAMETERS, with_our_wrapper
 from tests.model_kit import decode_by_definition, relative_error
@@ -257,7 +256,7 @@ def test_no_memory_of_a_weights_size_is_taken_once_the_scratch_is_there(
 ) -> None:
     monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", ONE_EXPERT)
     monkeypatch.setattr(mxfp4, "CHUNK_WEIGHTS", HIDDEN * 32)  # the decoder's indices
-    monkeypatch.setattr(lora_module, "RANK_MULTIPLE", 1)
+    monkeypatch.setattr(expert_layer, "RANK_MULTIPLE", 1)
     layer, case = make_layer(torch.float32, rank=2, dense=dense), make_case(tokens=4)
     run(layer, case, torch.float32)
     with LargestNewMemory() as largest:
