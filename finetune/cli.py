@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
+from finetune.cli_bench import bench
 from finetune.cli_common import Debug, Json, Overrides, command
 from finetune.cli_export import export, import_, verify
 
@@ -269,6 +270,7 @@ app.command()(export)
 app.command()(verify)
 app.command("import")(import_)
 
+app.command()(bench)
 
 @app.command()
 def runs(
