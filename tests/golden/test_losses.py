@@ -11,7 +11,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from finetune.model import experts
+from finetune.model.kernels.budget import Budget
+from finetune.model.kernels.steps import TorchSteps
+from finetune.model.kernels.wide import Wide
 from finetune.train.__main__ import main
 from tests.checkpoints import NANO
 from tests.train_helpers import read_metrics, write_project
@@ -40,3 +45,16 @@ def test_losses_are_those_recorded(base: str, tmp_path: Path, monkeypatch: pytes
     assert len(rows) == len(recorded) == STEPS + 2
     for row, expected in zip(rows, recorded, strict=True):
         assert row == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_the_gpus_products_give_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run through the expert layer's back end for GPUs, its kernels replaced by plain torch."""
+    back_ends = []
+
+    def widened(device: torch.device, dtype: torch.dtype) -> Wide:
+        back_ends.append(Wide(TorchSteps(), Budget(1 << 20)))
+        return back_ends[-1]
+
+    monkeypatch.setattr(experts, "_back_end_for", widened)
+    test_losses_are_those_recorded("random", tmp_path, monkeypatch)
+    assert back_ends

@@ -48,9 +48,9 @@ class Budget:
         free = free_bytes(device)
         return cls(WORK_BYTES if free is None else min(WORK_BYTES, free // SHARE_OF_FREE))
 
-    def halve(self, expert_bytes: int, row_bytes: int) -> bool:
-        """Try with less; False where it is down to one expert and the fewest rows."""
-        if self.bytes <= expert_bytes + FEWEST_ROWS * row_bytes:
+    def halve(self, expert_bytes: int) -> bool:
+        """Try with less; False where it is down to one expert and the fewest rows at a time."""
+        if self.bytes <= expert_bytes:
             return False
         self.bytes //= 2
         return True

@@ -134,8 +134,7 @@ class Wide:
             try:
                 return run()
             except torch.OutOfMemoryError:
-                sizes = _Sizes.of(experts, x.dtype, up, down)
-                if not self.budget.halve(sizes.expert_bytes, sizes.row_bytes):
+                if not self.budget.halve(_Sizes.of(experts, x.dtype, up, down).expert_bytes):
                     raise
                 experts.scratch.clear()
             torch.cuda.empty_cache()
