@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's endpoints over `finetune.serve.service`."""
