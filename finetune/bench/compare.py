@@ -70,8 +70,9 @@ def bench(
         _write_start(recipe, config, work)
         figures = _conditions_of(recipe, shape, work, machine)
         for routing in routings:
-            sides: dict[str, Result] = {}
-            for side in ("finetune", *opponents):
+            sides: dict[Side, Result] = {}
+            order: list[Side] = ["finetune", *opponents]
+            for side in order:
                 sides[side] = _run(side, replace(work, routing=routing), place, shape, machine)
                 tell(said(sides[side]))
             figures[routing] = {name: _result_dict(result) for name, result in sides.items()}

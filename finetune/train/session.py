@@ -23,6 +23,7 @@ from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train.checkpoint import require_whole, whole_directory
 from finetune.train.coverage import StopWithoutGradient
+from finetune.train.profile import StepProfile
 from finetune.train.progress import MetricsFile, ProgressDisplay
 from finetune.train.settings import StepPlan, training_arguments
 from finetune.train.stop import StopOnSignal
@@ -76,6 +77,7 @@ def fit(recipe: Recipe, run: RunDir, state: PartialState, console: Console) -> O
             *([display] if state.is_main_process else []),
             stop,
             StopWithoutGradient(model, run),
+            *([StepProfile(run.path / "profile")] if recipe.train.profile else []),
         ],
     )
     began = time.monotonic()
