@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,8 +24,8 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="adapter (PEFT's own layout), mxfp4 or bf16 (merged), gguf-lora or sglang-lora; "
-            "of a model without an adapter: bf16, gguf or openai.",
+            help="The adapter: adapter (PEFT's layout), gguf-lora or sglang-lora. "
+            "Merged: mxfp4, bf16, gguf or openai; all but mxfp4 also take a model without an adapter.",
         ),
     ] = "adapter",
     base: Annotated[
@@ -33,11 +33,16 @@ def export(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="mxfp4: conversations to fit to; else the run's data."),
+        typer.Option(
+            metavar="FILE", help="Conversations that merging into MXFP4 is fitted to; else the run's data."
+        ),
     ] = None,
     kept_at_least: Annotated[
-        float, typer.Option(help="mxfp4: the share of what was gained that rounding has to keep.")
+        float, typer.Option(help="The share of what was gained that merging into MXFP4 has to keep.")
     ] = 0.9,
+    dense: Annotated[
+        Literal["bf16", "q8_0"], typer.Option(help="gguf: the numbers of attention and embeddings.")
+    ] = "bf16",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -47,7 +52,14 @@ def export(
         from finetune.export import export as write
 
         facts = write(
-            where, to, out, base=base, calibrate=calibrate, kept_at_least=kept_at_least, force=force
+            where,
+            to,
+            out,
+            base=base,
+            calibrate=calibrate,
+            kept_at_least=kept_at_least,
+            dense=dense,
+            force=force,
         )
         if as_json:
             output.json(facts)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from finetune.model import add_lora, load_base, save_adapter
 from tests.checkpoints import write_random_checkpoint
@@ -37,3 +39,21 @@ def write_adapter(path: Path, base: Path, *, size: float = 0.05, **lora: Any) ->
             parameter.data.normal_(std=size)
     save_adapter(model, path, base=base)
     return path
+
+
+def write_talk(file: Path, rows: int = 60) -> Path:
+    """Conversations to calibrate on, and to hold some of."""
+    chats = [
+        [
+            {"role": "user", "content": f"what is {n} times {n + 3}?"},
+            {"role": "assistant", "content": f"It is {n * (n + 3)}, as {n * n} and {3 * n} make."},
+        ]
+        for n in range(rows)
+    ]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return file
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

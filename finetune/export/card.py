@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,17 @@ if TYPE_CHECKING:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def model_card(subject: Subject, use: str | None = None, *, whole: bool = False) -> str:
+def model_card(
+    subject: Subject,
+    use: str | None = None,
+    *,
+    whole: bool = False,
+    proof: Mapping[str, Any] | None = None,
+) -> str:
     """README.md with the metadata that the Hugging Face hub reads.
 
-    `use` says how to load it, unless it is in PEFT's layout; `whole` whether this is a model, not an adapter.
+    `use` says how to load it, unless it is in PEFT's layout; `whole` whether this is a model, not an adapter;
+    `proof` what rounding cost, where there was any.
     """
     run, base = subject.run, subject.base.name
     shown = str(_without_folders(base))
@@ -28,6 +36,7 @@ def model_card(subject: Subject, use: str | None = None, *, whole: bool = False)
     parts = [_metadata(base, lora=not whole), f"# {title}\n", _what(subject, shown, whole=whole)]
     if run:
         parts += [_data(run), _measured(run), _recipe(run)]
+    parts.append(_rounded(proof or {}))
     parts.append(f"## Use\n\n{use}" if use else _use(subject, shown, title))
     return "\n".join(part for part in parts if part)
 
@@ -80,6 +89,27 @@ def _measured(run: RunDir) -> str:
         base, tuned = _score(task["base"]), _score(task["tuned"])
         lines.append(f"| {name} ({task['metric']}) | {task['n']} | {base} | {tuned} |")
     return "\n".join([*lines, "", "Scores with 95% intervals.\n"])
+
+
+def _rounded(proof: Mapping[str, Any]) -> str:
+    """What merging into MXFP4 cost."""
+    merge = proof.get("merged", proof)
+    if "rounding" not in merge:
+        return ""
+    kept, lines = merge.get("kept"), [f"## Merged into MXFP4\n\nThe experts are rounded {merge['rounding']}."]
+    if kept:
+        shares = [
+            f"{kept[f'{name}_kept']:.1%} of the adapter's {name}"
+            for name in ("gain", "change")
+            if kept[f"{name}_kept"] is not None
+        ]
+        lines.append(
+            f"On {kept['tokens']} held-out tokens that keeps {' and '.join(shares)}, with a KL divergence of "
+            f"{kept['kl_to_tuned']:.2g} nats from the unrounded model."
+        )
+    else:
+        lines.append("What that costs has not been measured.")
+    return "\n".join([*lines, ""])
 
 
 def _score(score: dict[str, float] | None) -> str:

@@ -6,22 +6,25 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import FinetuneError
 from finetune.export.dialect import released_config
-from finetune.export.gguf_layout import EXPERTS, LAYER, TOP, in_bf16, pack_rows
+from finetune.export.gguf_layout import EXPERTS, LAYER, TOP, is_large, pack_rows
 from finetune.export.gguf_words import add_sizes, add_tokenizer, check_fits
 from finetune.export.subject import Subject
 from finetune.export.tensors import Checkpoint, as_bytes, spans
 from finetune.model.mxfp4 import dequantise_mxfp4
 
 Kind = gguf.GGMLQuantizationType
+Dense = Literal["bf16", "q8_0"]
+DENSE_KINDS: dict[Dense, gguf.GGMLQuantizationType] = {"bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 FILE = "model.gguf"
 USE = f"""```
 llama-server -m {FILE} --jinja
@@ -47,8 +50,11 @@ class Entry:
         return math.prod(self.shape) // int(per_block) * int(bytes_per_block)
 
 
-def write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
+def write_gguf(subject: Subject, folder: Path, *, dense: Dense = "bf16") -> dict[str, Any]:
     """Write `folder`/model.gguf; returns the figures of the proof.
+
+    `dense` is the number format of attention and embeddings: q8_0 has half the bytes, with 8 bits a value and
+    a scale for 32 of them.
 
     Raises:
         FinetuneError: no tokenizer, a configuration that llama.cpp cannot run, or a wrong read-back.
@@ -57,12 +63,12 @@ def write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
     config = released_config(checkpoint.config, packed=checkpoint.info.kind == "mxfp4")
     check_fits(config, subject.base.name)
     writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT_OSS])
-    title = subject.base.path.resolve().name
+    title = Path(subject.base.name).resolve().name
     add_sizes(writer, config, title, packed=checkpoint.info.kind == "mxfp4")
     pattern = add_tokenizer(writer, subject.base.path, config["vocab_size"])
-    entries = list(plan(checkpoint))
+    entries = list(plan(checkpoint, DENSE_KINDS[dense]))
     write_file(writer, folder / FILE, entries)
-    proof = {"tensors": len(entries), "tokenizer_pattern": pattern}
+    proof = {"tensors": len(entries), "dense": dense, "tokenizer_pattern": pattern}
     return {**proof, "values_read_back": _prove(checkpoint, folder / FILE)}
 
 
@@ -87,26 +93,30 @@ def write_file(writer: gguf.GGUFWriter, file: Path, entries: list[Entry]) -> Non
         stream.write(bytes(-stream.tell() % alignment))
 
 
-def plan(checkpoint: Checkpoint) -> Iterator[Entry]:
-    """Every tensor of the file."""
+def plan(checkpoint: Checkpoint, dense: gguf.GGMLQuantizationType = Kind.BF16) -> Iterator[Entry]:
+    """Every tensor of the file; `dense` is the number format of attention and embeddings."""
     for name, released in TOP.items():
-        yield _dense(checkpoint, name, released)
+        yield _dense(checkpoint, name, released, dense)
     for layer in range(checkpoint.info.layers):
         block, here = f"blk.{layer}.", f"model.layers.{layer}."
         for name, released in LAYER.items():
-            yield _dense(checkpoint, block + name, here + released)
+            yield _dense(checkpoint, block + name, here + released, dense)
         for name, (parameter, rows) in EXPERTS.items():
             yield _experts(checkpoint, f"{block}{name}.weight", here + parameter, rows)
             yield _bias(checkpoint, f"{block}{name}.bias", f"{here}{parameter}_bias", rows)
 
 
-def _dense(checkpoint: Checkpoint, name: str, released: str) -> Entry:
+def _dense(checkpoint: Checkpoint, name: str, released: str, kind: gguf.GGMLQuantizationType) -> Entry:
     shape = checkpoint.shape(released)
-    kind, dtype = (Kind.BF16, torch.bfloat16) if in_bf16(name) else (Kind.F32, torch.float32)
+    kind = kind if is_large(name) else Kind.F32
 
     def pieces() -> Iterator[Tensor]:
         for first, last in spans(shape, 4):
-            yield checkpoint.read(released, first, last).to(dtype)
+            rows = checkpoint.read(released, first, last)
+            if kind == Kind.Q8_0:
+                yield torch.from_numpy(gguf.quants.quantize(rows.float().numpy(), kind))
+            else:
+                yield rows.to(torch.bfloat16 if kind == Kind.BF16 else torch.float32)
 
     return Entry(name, kind, shape, pieces)
 
@@ -148,11 +158,21 @@ def _prove(checkpoint: Checkpoint, file: Path) -> int:
     for name, tensor in stored.items():
         for index in {0, tensor.data.shape[0] - 1}:
             found = gguf.quants.dequantize(np.asarray(tensor.data[index : index + 1]), tensor.tensor_type)
-            expected = _expected(checkpoint, name, index)
-            if not np.array_equal(found, expected.numpy()):
+            expected = _expected(checkpoint, name, index).numpy()
+            same = _within_q8_0 if tensor.tensor_type == Kind.Q8_0 else np.array_equal
+            if not same(found, expected):
                 raise FinetuneError(f"{name} read back is not what was exported", at=str(file))
             compared += found.size
     return compared
+
+
+def _within_q8_0(found: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
+    """No further apart than Q8_0 allows: half a step, which is 1/127 of the largest of 32 values."""
+    blocks = expected.reshape(-1, 32)
+    step = np.abs(blocks).max(-1, keepdims=True) / 127
+    # Half precision moves the scale by up to 2^-11 of it, and below its normal numbers by 2^-25.
+    allowed = (0.5 + 127 * 2**-11) * step + 127 * 2.0**-25
+    return bool((np.abs(found.reshape(-1, 32) - blocks) <= allowed).all())
 
 
 def _expected(checkpoint: Checkpoint, name: str, index: int) -> Tensor:

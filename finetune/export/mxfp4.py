@@ -2,7 +2,8 @@
 
 The base's files are copied and overwritten where the adapter changes something, layer after layer. The
 calibration conversations pass through every layer twice, as the tuned model computes them and as the export
-does; held-out conversations pass through the base as well, and at the end tell what the rounding cost.
+does; held-out conversations pass through the base as well, and at the end tell what the rounding cost. After
+each layer the streams are kept beside the files, where a merge that was killed finds them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.data.packing import NOT_LEARNED
@@ -24,12 +24,12 @@ from finetune.export.dialect import write_configs
 from finetune.export.layerwise import Layer, Network, Passage
 from finetune.export.merge import DENSE, Deltas
 from finetune.export.passages import Passages
+from finetune.export.progress import Progress, digest_of
 from finetune.export.retention import measure
 from finetune.export.subject import Subject
 from finetune.export.tensors import as_bytes
 from finetune.model.checkpoint import INDEX_FILE
 from finetune.model.expert_layer import Factors
-from finetune.model.lora import RANK_MULTIPLE
 
 # What an error counts at a token whose successor is not learned; those matter through attention alone.
 WEIGHT_NOT_LEARNED = 0.2
@@ -41,6 +41,35 @@ class Streams:
 
     tuned: list[Tensor]
     export: list[Tensor]
+
+
+@dataclass
+class Walk:
+    """All the streams between two layers."""
+
+    NAMES: ClassVar = ("tuned", "export", "held-out tuned", "held-out export", "held-out base")
+
+    calibration: Streams
+    held_out: Streams
+    base: list[Tensor]  # the held-out passages through the base
+
+    @classmethod
+    def begin(cls, network: Network, passages: Passages) -> Walk:
+        first = [network.embed(p) for p in passages.calibration]
+        held_out = [network.embed(p) for p in passages.held_out]
+        return cls(Streams(first, list(first)), Streams(held_out, list(held_out)), list(held_out))
+
+    @classmethod
+    def resume(cls, streams: Mapping[str, list[Tensor]], device: torch.device) -> Walk:
+        tuned, export, held_tuned, held_export, base = (
+            [one.to(device) for one in streams[name]] for name in cls.NAMES
+        )
+        return cls(Streams(tuned, export), Streams(held_tuned, held_export), base)
+
+    def streams(self) -> dict[str, list[Tensor]]:
+        here, held_out = self.calibration, self.held_out
+        values = (here.tuned, here.export, held_out.tuned, held_out.export, self.base)
+        return dict(zip(self.NAMES, values, strict=True))
 
 
 def write_mxfp4(
@@ -61,9 +90,12 @@ def write_mxfp4(
     if network.checkpoint.info.kind != "mxfp4":
         raise FinetuneError("the base's experts are not MXFP4; export bf16", at=subject.base.name)
     _copy_weights(network, folder)
+    digest = digest_of([passages.calibration, passages.held_out] if passages else [])
+    progress = Progress(folder, digest)
     with torch.inference_mode():
-        merge = _Merge(network, Deltas(tuned.adapter, network.config.num_local_experts), folder)
+        merge = _Merge(network, Deltas(tuned.adapter, network.config.num_local_experts), folder, progress)
         kept = merge.by_rounding() if passages is None else merge.by_fitting(passages)
+    progress.remove()
     if tuned.adapter.learns_experts and not merge.experts_changed:
         raise FinetuneError(
             "the adapter's changes of the experts vanish in MXFP4: the export would equal the base; "
@@ -87,10 +119,13 @@ def write_mxfp4(
 
 
 def _copy_weights(network: Network, folder: Path) -> None:
-    """Copies of the base's shards, under the same names."""
+    """Copies of the base's shards, under the same names, but for those that a killed merge has made."""
     source = network.checkpoint.info.path
     for file in sorted({place.file for place in network.checkpoint.info.tensors.values()}):
-        shutil.copyfile(file, folder / file.name)
+        if not (folder / file.name).is_file():
+            part = folder / f"{file.name}.part"
+            shutil.copyfile(file, part)
+            part.rename(folder / file.name)
     if (source / INDEX_FILE).is_file():
         shutil.copyfile(source / INDEX_FILE, folder / INDEX_FILE)
 
@@ -109,30 +144,42 @@ def _check_kept(kept: Mapping[str, Any], at_least: float) -> None:
 class _Merge:
     """The walk through the layers."""
 
-    def __init__(self, network: Network, deltas: Deltas, folder: Path) -> None:
+    def __init__(self, network: Network, deltas: Deltas, folder: Path, progress: Progress) -> None:
         self._network, self._deltas, self._folder = network, deltas, folder
-        self.experts_changed = 0
-        self.dense_changed = 0
+        self._progress, self._reached = progress, progress.reached()
+        counts = self._reached.counts if self._reached else {}
+        self.experts_changed = counts.get("experts", 0)
+        self.dense_changed = counts.get("dense", 0)
+
+    def _layers_left(self) -> range:
+        """A layer that was begun and not finished is done anew, and written over."""
+        reached = self._reached.layers if self._reached else 0
+        return range(reached, self._network.config.num_hidden_layers)
+
+    def _keep(self, number: int, streams: Mapping[str, list[Tensor]]) -> None:
+        counts = {"experts": self.experts_changed, "dense": self.dense_changed}
+        self._progress.keep(number + 1, counts, streams)
 
     def by_rounding(self) -> dict[str, Any]:
         """Measures nothing: there is nothing to measure on."""
-        for number in range(self._network.config.num_hidden_layers):
+        for number in self._layers_left():
             layer, factors = self._network.layer(number), self._factors(number)
             self._dense(number)
             self.experts_changed += round_to_nearest(layer.experts, factors)
             self._write_experts(number, layer, factors)
+            self._keep(number, {})
         return {}
 
     def by_fitting(self, passages: Passages) -> dict[str, Any]:
         """Also measures: what `retention.measure` returns."""
         network, held_out = self._network, passages.held_out
-        calibration = Streams(*([network.embed(p) for p in passages.calibration] for _ in range(2)))
-        measured = Streams(*([network.embed(p) for p in held_out] for _ in range(2)))
-        base = list(measured.tuned)
+        reached = self._reached
+        walk = Walk.resume(reached.streams, network.device) if reached else Walk.begin(network, passages)
+        calibration, measured = walk.calibration, walk.held_out
         learned = torch.cat([p.targets for p in passages.calibration]) != NOT_LEARNED
-        for number in range(network.config.num_hidden_layers):
+        for number in self._layers_left():
             layer, factors = network.layer(number), self._factors(number)
-            base = [layer.finish(layer.attend(s, p), {}) for s, p in zip(base, held_out, strict=True)]
+            walk.base = [layer.finish(s, {}) for s in _attend(layer, walk.base, held_out)]
             merged, rounded = self._dense(number)
             layer.replace(merged)
             before = _attend(layer, calibration.tuned, passages.calibration)
@@ -144,12 +191,14 @@ class _Merge:
             self._write_experts(number, layer, factors)
             calibration.export = [layer.finish(s, {}) for s in export]
             measured.export = [layer.finish(s, {}) for s in _attend(layer, measured.export, held_out)]
-        states = {"base": base, "tuned": measured.tuned, "export": measured.export}
+            self._keep(number, walk.streams())
+        states = {"base": walk.base, "tuned": measured.tuned, "export": measured.export}
         return {**measure(network, held_out, states), "calibration_tokens": len(learned)}
 
     def _factors(self, number: int) -> dict[str, Factors]:
         found = {n: self._deltas.experts(f"model.layers.{number}.mlp.experts.{n}") for n in PROJECTIONS}
-        return {n: _padded(f, self._network.device) for n, f in found.items() if f is not None}
+        device = self._network.device
+        return {n: Factors(f.a.to(device), f.b.to(device)) for n, f in found.items() if f is not None}
 
     def _dense(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A layer's merged dense weights by their names in it, float32: exact, and as they were written."""
@@ -177,13 +226,6 @@ class _Merge:
         with (self._folder / place.file.name).open("r+b") as file:
             file.seek(place.start)
             file.write(as_bytes(tensor.detach().cpu()))
-
-
-def _padded(factors: Factors, device: torch.device) -> Factors:
-    """With a rank that the expert layer's products can take."""
-    missing = -factors.a.shape[1] % RANK_MULTIPLE
-    a, b = F.pad(factors.a, (0, 0, 0, missing)), F.pad(factors.b, (0, missing))
-    return Factors(a.to(device), b.to(device))
 
 
 def _attend(layer: Layer, states: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from finetune.errors import FinetuneError
 from finetune.export.dialect import released_config
 from finetune.export.subject import Subject
 from finetune.export.tensors import Checkpoint, Planned, write_safetensors
+from finetune.model import inspect_checkpoint
 
 # Ours to theirs; {} is the layer.
 TOP = {
@@ -53,11 +54,8 @@ def write_openai(subject: Subject, folder: Path) -> dict[str, Any]:
     Raises:
         FinetuneError: the experts are not MXFP4, or what was written is not what was read.
     """
+    check_packed(subject)
     checkpoint = Checkpoint(subject.base.path)
-    if checkpoint.info.kind != "mxfp4":
-        raise FinetuneError(
-            "OpenAI's layout holds MXFP4 experts, and this checkpoint has bf16 ones", at=subject.base.name
-        )
     out = folder / FOLDER
     out.mkdir(exist_ok=True)
     tensors = list(relayout(checkpoint))
@@ -67,6 +65,18 @@ def write_openai(subject: Subject, folder: Path) -> dict[str, Any]:
     config = original_config(released_config(checkpoint.config, packed=True))
     (out / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
     return {"tensors": len(tensors), "bytes_equal_to_the_source": _prove(checkpoint, out / WEIGHTS)}
+
+
+def check_packed(subject: Subject) -> None:
+    """The experts are MXFP4, as this layout has no other.
+
+    Raises:
+        FinetuneError: they are not.
+    """
+    if inspect_checkpoint(subject.base.path).kind != "mxfp4":
+        raise FinetuneError(
+            "OpenAI's layout holds MXFP4 experts, and this checkpoint has bf16 ones", at=subject.base.name
+        )
 
 
 def names(layers: int) -> Iterator[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -111,9 +111,11 @@ def write_tensor(file: BinaryIO, planned: Planned) -> None:
         raise FinetuneError(f"'{planned.name}' came out as {written:,} bytes, not {planned.bytes:,}")
 
 
-def write_safetensors(file: Path, tensors: Sequence[Planned]) -> None:
+def write_safetensors(
+    file: Path, tensors: Sequence[Planned], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file under a temporary name and rename it when it is whole."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for planned in tensors:
         end = start + planned.bytes

@@ -189,7 +189,9 @@ class EvalSpec(Spec):
 class ExportSpec(Spec):
     """The formats that are written after training; an empty list writes none."""
 
-    formats: list[Literal["adapter", "bf16", "mxfp4", "gguf-lora", "sglang-lora"]] = ["adapter"]
+    formats: list[
+        Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-lora", "openai", "sglang-lora"]
+    ] = ["adapter"]
 
 
 class TrackingSpec(Spec):

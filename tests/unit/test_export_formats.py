@@ -98,6 +98,19 @@ def test_gguf_has_the_types_and_words_that_llama_cpp_expects(base: Path, tmp_pat
     assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 320
 
 
+def test_dense_tensors_of_a_gguf_can_have_eight_bits_and_the_rest_stays(base: Path, tmp_path: Path) -> None:
+    export(base, "gguf", tmp_path / "plain")
+    manifest = export(base, "gguf", tmp_path / "small", dense="q8_0")
+    assert manifest["proof"]["dense"] == "q8_0"
+    plain, small = (gguf.GGUFReader(tmp_path / name / "model.gguf").tensors for name in ("plain", "small"))
+    for before, after in zip(plain, small, strict=True):
+        assert before.name == after.name
+        if before.tensor_type.name == "BF16":
+            assert after.tensor_type.name == "Q8_0" and after.n_bytes * 32 == before.n_elements * 34
+        else:
+            assert (before.data == after.data).all()
+
+
 def test_the_released_tokenizer_is_known_to_llama_cpp_by_its_own_name(shared: Path) -> None:
     tokenizer = json.loads((shared / "o200k" / "tokenizer.json").read_text(encoding="utf-8"))
     assert O200K_SIGN in json.dumps(tokenizer["pre_tokenizer"]).replace(r"\\", "\\")
@@ -181,9 +194,10 @@ def test_what_cannot_be_is_said_in_a_sentence(base: Path, adapter: Path, tmp_pat
     for to in ("gguf-lora", "sglang-lora", "adapter"):
         with pytest.raises(FinetuneError, match="no finished adapter"):
             export(base, to, out)
-    for to in ("gguf", "openai"):
-        with pytest.raises(FinetuneError, match="no adapter merged in"):
-            export(adapter, to, out)
+    with pytest.raises(FinetuneError, match="no adapter here whose merging"):
+        export(base, "gguf", out, calibrate=tmp_path / "rows.jsonl")
+    with pytest.raises(FinetuneError, match="only gguf can have them in q8_0"):
+        export(base, "openai", out, dense="q8_0")
     (tmp_path / "there").mkdir()
     for where, to in ((adapter, "bf16"), (base, "gguf")):
         with pytest.raises(FinetuneError, match="exists already"):

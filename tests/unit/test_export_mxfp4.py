@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.chat import HarmonyEncoder
@@ -19,6 +18,7 @@ from finetune.export.passages import find_passages
 from finetune.export.subject import find_subject
 from finetune.model import add_lora, load_adapter, load_base, save_adapter
 from tests.checkpoints import write_random_checkpoint
+from tests.export_kit import read_tensors, write_talk
 from tests.model_kit import our_model, random_ids, relative_error, stock_model
 
 # Experts no power of two, widths multiples of 32 only, layers odd.
@@ -51,16 +51,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("talk") / "talk.jsonl"
-    rows = [
-        {"messages": [
-            {"role": "user", "content": f"what is {n} times {n + 3}?"},
-            {"role": "assistant", "content": f"It is {n * (n + 3)}, as {n * n} and {3 * n} make."},
-        ]}
-        for n in range(60)
-    ]  # fmt: skip
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return write_talk(tmp_path_factory.mktemp("talk") / "talk.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +61,13 @@ def fitted(base: Path, adapter: Path, talk: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
 def proof(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "finetune_export.json").read_text())["proof"]
     return found
 
 
 def test_names_shapes_dtypes_and_shards_are_the_base_s(base: Path, fitted: Path) -> None:
-    before, after = tensors(base), tensors(fitted)
+    before, after = read_tensors(base), read_tensors(fitted)
     assert before.keys() == after.keys()
     assert all(t.shape == after[n].shape and t.dtype == after[n].dtype for n, t in before.items())
     index = "model.safetensors.index.json"
@@ -88,8 +75,8 @@ def test_names_shapes_dtypes_and_shards_are_the_base_s(base: Path, fitted: Path)
 
 
 def test_bytes_stay_where_no_delta_landed(base: Path, fitted: Path) -> None:
-    after = tensors(fitted)
-    for name, before in tensors(base).items():
+    after = read_tensors(fitted)
+    for name, before in read_tensors(base).items():
         if name.endswith(("_blocks", "_scales")):
             same = (after[name] == before).flatten(1).all(1)
             assert same[UNTOUCHED]
@@ -171,5 +158,5 @@ def test_a_base_that_is_not_mxfp4_is_refused(tmp_path: Path) -> None:
 def test_a_model_without_an_adapter_and_other_formats_with_a_file_are_refused(base: Path, talk: Path) -> None:
     with pytest.raises(FinetuneError, match="no finished adapter"):
         export(base, "mxfp4", base.parent / "out")
-    with pytest.raises(FinetuneError, match="only mxfp4"):
+    with pytest.raises(FinetuneError, match="only what is merged into MXFP4 is"):
         export(base, "bf16", base.parent / "out", calibrate=talk)
