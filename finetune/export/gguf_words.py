@@ -80,13 +80,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> str
         raise FinetuneError(f"the tokenizer is {model.get('type')}, not a byte-level BPE", at=str(file))
     if not model["merges"]:
         raise FinetuneError("llama.cpp cannot read a tokenizer without merges", at=str(file))
-    added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
     plain = {number: text for text, number in model["vocab"].items()}
     tokens, kinds = [], []
     for number in range(vocabulary):
         if number in added:
-            tokens.append(added[number])
-            kinds.append(gguf.TokenType.CONTROL)
+            tokens.append(added[number]["content"])
+            # What is not special is part of the text, and llama.cpp shows it.
+            special = added[number]["special"]
+            kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
         elif number in plain:
             tokens.append(plain[number])
             kinds.append(gguf.TokenType.NORMAL)

@@ -14,10 +14,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py")])
 
 # What each part may import of finetune. Stages know nothing of each other: they meet in the run directory.
-BELOW_STAGES = {"errors", "manifest", "recipe", "rundir", "chat", "data", "model"}
+BELOW_STAGES = {"errors", "manifest", "probe", "recipe", "rundir", "chat", "data", "model"}
 ALLOWED = {
     "errors": set[str](),
     "manifest": {"errors"},
+    "probe": {"errors", "chat"},
     "chat": {"errors"},
     "recipe": {"errors"},
     "rundir": {"errors", "recipe"},

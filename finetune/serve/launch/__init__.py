@@ -1,0 +1,112 @@
+"""Other engines: the right command for an export, started, and asked whether the adapter is in effect."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from finetune.errors import FinetuneError, writing
+from finetune.manifest import MANIFEST
+from finetune.probe import Probe, read_probes
+from finetune.serve.launch.commands import Gpus, Where, build_command
+from finetune.serve.launch.process import complete, running
+from finetune.serve.launch.target import Engine, Target, find_target
+
+__all__ = ["launch"]
+
+
+def launch(
+    where: str,
+    engine: str,
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    context: int | None = None,
+    base: str | None = None,
+    print_only: bool = False,
+    emit: Callable[[str], None] = print,
+) -> int:
+    """Serve `where` (a run, an export, a model) with another engine until that ends; its exit status.
+
+    `emit` is told the command, and once the engine answers, its address and what the probes said.
+
+    Raises:
+        FinetuneError: the engine cannot load this export, is not installed, does not start, or answers as
+            the base does.
+    """
+    if engine not in get_args(Engine):
+        raise FinetuneError(f"there is no engine {engine!r}; known are local, {', '.join(get_args(Engine))}")
+    target = find_target(where, cast(Engine, engine), base=base, adapters=adapters)
+    place = Where(host, port, context, with_key=api_key is not None)
+    command = build_command(cast(Engine, engine), target, place, Gpus.here())
+    emit(command.shown(with_key=api_key is not None))
+    if print_only:
+        return 0
+    if not command.installed:
+        raise FinetuneError(
+            f"{command.program} is not installed here ({command.install}); the command above runs where it is"
+        )
+    probes = probes_of(target)
+    # A server that listens on every address is asked on this machine's own.
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    with running(command, api_key) as process:
+        process.wait_until_healthy(url + command.health)
+        emit(f"ready at {url}: ask for the model {command.model!r}")
+        emit(prove(probes, lambda probe: complete(url, command.model, probe.prompt, probe.tokens, api_key)))
+        return process.wait()
+
+
+def prove(probes: list[Probe], ask: Callable[[Probe], str]) -> str:
+    """Ask the probes; what they show, in words.
+
+    Raises:
+        FinetuneError: no more answers are the tuned model's than are its base's.
+    """
+    if not probes:
+        ask(Probe("<|start|>user<|message|>Hello<|end|><|start|>assistant", 8, "", ""))
+        return "it answers; nothing is known here that would tell a tuned model from its base"
+    said = Counter(probe.likens(ask(probe)) for probe in probes)
+    if said["tuned"] <= said["base"]:
+        raise FinetuneError(
+            f"the adapter is not in effect: of {len(probes)} answers, {said['base']} are the base's and "
+            f"{said['tuned']} the tuned model's"
+        )
+    return f"the adapter is in effect: {said['tuned']} of {len(probes)} answers are the tuned model's"
+
+
+def probes_of(target: Target) -> list[Probe]:
+    """The probes of an export; where its record has none, asked of its run and added to the record.
+
+    Empty for what is no export, and where the run that it was made from is not on this machine.
+    """
+    if target.manifest is None or target.folder is None:
+        return []
+    if known := read_probes(target.manifest):
+        return known
+    run = _run_of(target.manifest, target.folder)
+    if run is None:
+        return []
+    from finetune.serve.launch.asking import ask_run
+
+    probes = ask_run(run)
+    record: dict[str, Any] = {**target.manifest, "probe": [asdict(probe) for probe in probes]}
+    with writing(target.folder):
+        (target.folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return probes
+
+
+def _run_of(manifest: Mapping[str, Any], folder: Path) -> Path | None:
+    """The run that an export was made from: around it, or among the runs here."""
+    source = manifest.get("source") or manifest.get("made_from", {}).get("source") or {}
+    name = source.get("run")
+    if not name:
+        return None
+    around = [path for path in folder.resolve().parents if path.name == name]
+    found = (path for path in (*around, Path("runs") / name) if (path / "adapter").is_dir())
+    return next(found, None)
