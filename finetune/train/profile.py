@@ -41,7 +41,7 @@ REST = "the rest: projections, norms, router, gaps"
 
 
 class StepProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Records `RECORDED` steps of the first process; `optimizer` and `model` come from the trainer's calls."""
+    """Records some steps of the first process; model and optimizer come from the trainer's calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class StepProfile(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
 
 def sizes(model: nn.Module, optimizer: Any) -> dict[str, float]:
-    """Bytes of what stays in memory: frozen weights by whether they are packed, adapter, gradients, moments."""
+    """Bytes of what stays in memory: frozen weights, packed or not, adapter, gradients, moments."""
     found = dict.fromkeys(("packed experts", "dense weights", "adapter", "gradients", "optimizer"), 0.0)
     for parameter in model.parameters():
         kind = "adapter" if parameter.requires_grad else "dense weights"

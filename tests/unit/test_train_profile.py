@@ -1,4 +1,4 @@
-"""`train.profile`: a trace of few steps that other programs read, and a page whose shares are those of a step."""
+"""`train.profile`: a trace of few steps that other programs read, and a page whose shares add up."""
 
 from __future__ import annotations
 
