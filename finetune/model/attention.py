@@ -17,6 +17,7 @@ a block, k its keys.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +49,16 @@ class Packing:
         begins = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
         place = torch.arange(length, device=position_ids.device)
         self.starts = (begins * place).cummax(dim=1).values  # [B, L]
+        self.length, self.window = length, window
+        self.flex_masks: dict[int | None, Any] = {}  # FlexAttention's, by window
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Blocks that cover the queries."""
         earliest = self.starts.amin(0)[::BLOCK_QUERIES].tolist()
-        self.blocks = [
-            Block(first, min(first + BLOCK_QUERIES, length), start, max(start, first - window + 1))
-            for first, start in zip(range(0, length, BLOCK_QUERIES), earliest, strict=True)
+        return [
+            Block(first, min(first + BLOCK_QUERIES, self.length), start, max(start, first - self.window + 1))
+            for first, start in zip(range(0, self.length, BLOCK_QUERIES), earliest, strict=True)
         ]
 
     def hidden(self, block: Block, first_key: int, window: int | None) -> Tensor:
@@ -150,6 +157,38 @@ def dense_attention(
     return (p.flatten(2, 3) @ value).view_as(query)
 
 
+def attend_by_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """In plain torch, for any device."""
+    out: Tensor = _PackedAttention.apply(query, key, value, sinks, packing, window, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`query [B, Hq, L, D]`, `key` and `value [B, Hk, L, D]`, `sinks [Hq]` -> `[B, Hq, L, D]`."""
+    if query.device.type == "cuda":
+        from finetune.model.kernels.flex import attend_flex, flex_is_right
+
+        if flex_is_right(query.device, query.dtype):
+            return attend_flex(query, key, value, sinks, packing, window, scale)
+    return attend_by_blocks(query, key, value, sinks, packing, window, scale)
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Packing | Tensor | None,
     scaling: float, sliding_window: int | None = None, s_aux: Tensor | None = None, **_: Any,
@@ -157,8 +196,7 @@ def attend(
     """An attention function as transformers calls it: `query [B, Hq, q, D]` -> `[B, q, Hq, D]`."""
     assert s_aux is not None, "gpt-oss attention always has sinks"
     if isinstance(attention_mask, Packing):
-        packing, window = attention_mask, sliding_window
-        out = _PackedAttention.apply(query, key, value, s_aux, packing, window, scaling)  # type: ignore[no-untyped-call]
+        out = attend_packed(query, key, value, s_aux, attention_mask, sliding_window, scaling)
     else:
         out = dense_attention(query, key, value, attention_mask, s_aux, scaling)
     return out.transpose(1, 2), None
@@ -181,6 +219,10 @@ def _hand_over_packing(model: GptOssModel, args: tuple[Any, ...], kwargs: dict[s
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
+    if inputs.device.type == "cuda":
+        from finetune.model.kernels.flex import flex_is_right
+
+        flex_is_right(inputs.device, model.norm.weight.dtype)  # asked before any layer is checkpointed
     packing = Packing(positions, model.config.sliding_window)
     mask = {"full_attention": packing, "sliding_attention": packing}
     return args, {**kwargs, "position_ids": positions, "attention_mask": mask}
