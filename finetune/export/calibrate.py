@@ -114,7 +114,7 @@ def _fitted(parts: Sequence[_Part]) -> Tensor:
 
 def _groups(experts: PackedExperts) -> list[tuple[int, int]]:
     """Experts that are fitted at once: as many as the expert layer decodes at once."""
-    size, count = experts.group_size(torch.float32), experts.num_experts
+    size, count = experts.group_size(), experts.num_experts
     return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
@@ -138,7 +138,7 @@ def _merged(
 def _activated(experts: PackedExperts, number: int, rows: Tensor, weights: Tensor) -> Tensor:
     """`rows [n, H]` through an expert's gate_up `weights [2I, H]`: the down projection's inputs, `[n, I]`."""
     y = rows @ weights.mT + experts.gate_up_proj_bias[number]
-    return clamped_swiglu(y, experts.alpha, experts.limit).hidden
+    return clamped_swiglu(y, experts.alpha, experts.limit)
 
 
 def _store(experts: PackedExperts, name: str, first: int, values: Tensor) -> int:

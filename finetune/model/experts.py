@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig
 
-from finetune.model.expert_layer import BackEnd, Factors, SeparateProducts, run_experts
+from finetune.model.cpu import CpuProducts
+from finetune.model.expert_layer import BackEnd, Factors, run_experts
 from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
 from finetune.model.mxfp4 import dequantise_mxfp4
 
 # Blocks, scales, and where the weights go.
 Decoder = Callable[[Tensor, Tensor, Tensor], None]
 
-# Weights that a group of experts decodes at once. Below it, small experts share one grouped product instead
-# of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b (16.6 M weights) fills
-# the machine alone.
+# Weights that a group of experts decodes at once on a CPU. Below it, small experts share the steps between
+# the products instead of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b
+# (16.6 M weights) fills the machine alone.
 GROUP_WEIGHTS = 1 << 22
 
 
@@ -48,7 +49,7 @@ class Scratch:
 
 def _back_end_for(device: torch.device, dtype: torch.dtype) -> BackEnd:
     if device.type == "cpu":
-        return SeparateProducts()
+        return CpuProducts()
     from finetune.model.kernels.wide import Wide
 
     return Wide.on(device, dtype)
@@ -87,10 +88,8 @@ class Experts(nn.Module, ABC):
             return self.hidden_size, 2 * self.intermediate_size
         return self.intermediate_size, self.hidden_size
 
-    def group_size(self, dtype: torch.dtype) -> int:
-        """Experts to decode and multiply at once."""
-        if dtype == torch.float64:  # which grouped_mm refuses
-            return 1
+    def group_size(self) -> int:
+        """Experts to decode at once on a CPU."""
         per_expert = 2 * self.intermediate_size * self.hidden_size
         return min(self.num_experts, max(1, GROUP_WEIGHTS // per_expert))
 
