@@ -28,6 +28,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from finetune.model.experts import Decoder, Scratch
+    from finetune.model.kernels.stream import ExpertStream
 
 
 # grouped_mm wants rows of a multiple of 16 bytes: 8 columns of bfloat16.
@@ -91,6 +92,7 @@ class FrozenExperts(Protocol):
     alpha: float
     limit: float
     scratch: Scratch
+    stream: ExpertStream | None
 
     def back_end(self, x: Tensor) -> BackEnd: ...
 
@@ -101,7 +103,9 @@ class FrozenExperts(Protocol):
     def group_size(self) -> int: ...
     def features(self, parameter_name: str) -> tuple[int, int]: ...
     def bias(self, parameter_name: str) -> Tensor: ...  # [E, out]
-    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None: ...
+    def write_weights(
+        self, first: int, last: int, outs: dict[str, Tensor], decode: Decoder, backward: bool
+    ) -> None: ...
     def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, 2I, H]
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, H, I]
     def note_gradient(self, expert: Tensor, d_rows: Tensor, score: Tensor) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from finetune.model.expert_layer import BackEnd, Factors, run_experts
 from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
 from finetune.model.mxfp4 import dequantise_mxfp4
 
+if TYPE_CHECKING:
+    from finetune.model.kernels.stream import ExpertStream
+
 # Blocks, scales, and where the weights go.
 Decoder = Callable[[Tensor, Tensor, Tensor], None]
+Weights = dict[str, Tensor]
 
 # Weights that a group of experts decodes at once on a CPU. Below it, small experts share the steps between
 # the products instead of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b
@@ -127,9 +131,12 @@ class Experts(nn.Module, ABC):
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """`[last - first, H, I]`."""
 
+    # Where the packed bytes stay in host memory.
+    stream: ExpertStream | None = None
+
     @abstractmethod
-    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
-        """Weights of `gate_up_proj` or `down_proj` into the first columns of `out [last - first, out, W]`."""
+    def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
+        """Weights by name into the first columns of `outs[name] [last - first, out, W]`."""
 
 
 class PackedExperts(Experts):
@@ -148,9 +155,30 @@ class PackedExperts(Experts):
             self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
         self._add_biases()
 
-    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
-        blocks = self.get_parameter(name)[first:last]
-        decode(blocks, self.get_parameter(f"{name}_scales")[first:last], out)
+    def keep_on_host(self, stream: ExpertStream) -> None:
+        """Leave blocks and scales in host memory wherever the module moves, and bring them when needed."""
+        from finetune.model.kernels.stream import pin
+
+        self.stream = stream
+        for parameter in self.parameters(recurse=False):
+            if parameter.dtype == torch.uint8:
+                parameter.data = pin(parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        if self.stream is None:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda x: x if x.dtype == torch.uint8 else fn(x), recurse)
+
+    def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
+        packed = [
+            self.get_parameter(f"{name}{part}")[first:last] for name in outs for part in ("", "_scales")
+        ]
+        if self.stream is not None:
+            packed = self.stream.fetch((id(self), first, last, backward), packed)
+        for out, blocks, scales in zip(outs.values(), packed[0::2], packed[1::2], strict=True):
+            decode(blocks, scales, out)
+        if self.stream is not None:
+            self.stream.release()
 
     def _decode(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         blocks = self.get_parameter(name)[first:last]
@@ -183,6 +211,7 @@ class DenseExperts(Experts):
     def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.down_proj[first:last].to(dtype).transpose(1, 2)
 
-    def write_weights(self, name: str, first: int, last: int, out: Tensor, decode: Decoder) -> None:
-        weights = self.get_parameter(name)[first:last].transpose(1, 2)
-        out[..., : weights.shape[2]] = weights
+    def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
+        for name, out in outs.items():
+            weights = self.get_parameter(name)[first:last].transpose(1, 2)
+            out[..., : weights.shape[2]] = weights

@@ -55,19 +55,21 @@ class Budget:
         self.bytes //= 2
         return True
 
-    def chunks(self, ends: Sequence[int], expert_bytes: int, row_bytes: int) -> Iterator[Chunk]:
+    def chunks(
+        self, ends: Sequence[int], expert_bytes: int, row_bytes: int, experts: int | None = None
+    ) -> Iterator[Chunk]:
         """As many experts at a time as fit with their rows, one at least; those without rows are passed over.
 
         `ends [E]` says where each expert's sorted rows end; `expert_bytes` is the scratch of one expert and
-        `row_bytes` what a row takes at the layer's peak.
+        `row_bytes` what a row takes at the layer's peak. `experts`: as many at a time, whatever fits.
         """
         rows_at_once = max(FEWEST_ROWS, (self.bytes - expert_bytes) // row_bytes)
         first = start = 0
         for last in range(1, len(ends) + 1):
             # Would the next expert still fit?
-            experts, end = last + 1 - first, ends[min(last, len(ends) - 1)]
-            fits = experts * expert_bytes + (end - start) * row_bytes <= self.bytes
-            if last < len(ends) and experts <= MOST_EXPERTS and fits:
+            size, end = last + 1 - first, ends[min(last, len(ends) - 1)]
+            fits = size * expert_bytes + (end - start) * row_bytes <= self.bytes and size <= MOST_EXPERTS
+            if last < len(ends) and (size <= experts if experts else fits):
                 continue
             end = ends[last - 1]
             if end > start:

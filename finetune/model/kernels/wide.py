@@ -27,6 +27,7 @@ from finetune.model.expert_layer import Factors, FrozenExperts, Gradients, Routi
 from finetune.model.kernels.budget import Budget, Chunk
 from finetune.model.kernels.products import multiply, outer
 from finetune.model.kernels.steps import Steps, steps_for
+from finetune.model.kernels.stream import EXPERTS
 
 Result = TypeVar("Result")
 
@@ -184,7 +185,7 @@ class _Pass:
 
     def forward(self, scores: Tensor) -> Tensor:
         out_rows = self.x.new_empty(self.routing.order.numel(), self.x.shape[1])  # [N, H]
-        for up, down, parts in self._chunks():
+        for up, down, parts in self._chunks(backward=False):
             for part in parts:
                 y = up.apply(self._x_rows(up, part), part)
                 out_rows[part.rows] = down.apply(self._hidden_rows(y, down, part), part)
@@ -196,7 +197,7 @@ class _Pass:
         x_rows, score_rows = x.new_empty(rows, x.shape[1]), x.new_empty(rows, dtype=wide)
         d_up, d_down = _zeros_like(self.up), _zeros_like(self.down)
         sorted_scores = scores.reshape(-1)[routing.order].to(wide)  # [N]
-        for up, down, parts in self._chunks():
+        for up, down, parts in self._chunks(backward=True):
             for part in parts:
                 score = sorted_scores[part.rows]
                 x_part, score_part = x_rows[part.rows], score_rows[part.rows]
@@ -246,29 +247,35 @@ class _Pass:
         down.complete(rows, part)
         return rows
 
-    def _chunks(self) -> Iterator[tuple[Projection, Projection, list[Part]]]:
+    def _chunks(self, backward: bool) -> Iterator[tuple[Projection, Projection, list[Part]]]:
         """Both projections of some experts, in scratch that the next ones overwrite, and their rows."""
-        sizes = self.sizes
-        for chunk in self.budget.chunks(self.routing.host_ends, sizes.expert_bytes, sizes.row_bytes):
+        sizes, experts = self.sizes, self.experts
+        together = EXPERTS if experts.stream is not None else None
+        ends_on_host = self.routing.host_ends
+        for chunk in self.budget.chunks(ends_on_host, sizes.expert_bytes, sizes.row_bytes, together):
             ends = self.routing.ends[chunk.first : chunk.last]
             parts = [Part(rows, (ends - rows.start).clamp(0, rows.stop - rows.start)) for rows in chunk.parts]
-            up = self._projection("gate_up_proj", chunk, self.up, sizes.up_width)
-            yield up, self._projection("down_proj", chunk, self.down, sizes.down_width), parts
+            widths = {"gate_up_proj": sizes.up_width, "down_proj": sizes.down_width}
+            outs = {name: self._scratch(name, chunk, width) for name, width in widths.items()}
+            experts.write_weights(chunk.first, chunk.last, outs, self.steps.decode, backward)
+            up = self._projection("gate_up_proj", chunk, self.up, outs["gate_up_proj"])
+            yield up, self._projection("down_proj", chunk, self.down, outs["down_proj"]), parts
 
-    def _projection(self, name: str, chunk: Chunk, factors: Factors | None, width: int) -> Projection:
-        dtype, device = self.x.dtype, self.x.device
-        inputs, outputs = self.experts.features(name)
-        chosen = slice(chunk.first, chunk.last)
-        shape = chunk.last - chunk.first, outputs, width
-        weights = self.experts.scratch.take(name, shape, dtype, device)
-        self.experts.write_weights(name, chunk.first, chunk.last, weights, self.steps.decode)
+    def _scratch(self, name: str, chunk: Chunk, width: int) -> Tensor:
+        """`[g, out, W]`"""
+        shape = chunk.last - chunk.first, self.experts.features(name)[1], width
+        return self.experts.scratch.take(name, shape, self.x.dtype, self.x.device)
+
+    def _projection(self, name: str, chunk: Chunk, factors: Factors | None, weights: Tensor) -> Projection:
+        """Of `weights [g, out, W]` whose first columns are there."""
+        inputs = self.experts.features(name)[0]
+        chosen, rank = slice(chunk.first, chunk.last), _padded_rank(factors)
         weights[..., inputs:] = 0
-        rank = _padded_rank(factors)
         weights[..., inputs + rank] = self.experts.bias(name)[chosen]
         if factors is None:
             return Projection(chosen, weights, inputs, None)
         weights[..., inputs : inputs + factors.rank] = factors.b[chosen]
-        a = weights.new_zeros(shape[0], rank, inputs)
+        a = weights.new_zeros(weights.shape[0], rank, inputs)
         a[:, : factors.rank] = factors.a[chosen]
         return Projection(chosen, weights, inputs, a, factors.scale)
 

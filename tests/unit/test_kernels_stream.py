@@ -1,0 +1,90 @@
+"""Experts that stay in host memory: the same results, foreseen after a step, two chunks on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.model.kernels import wide
+from finetune.model.kernels.budget import Budget
+from finetune.model.kernels.steps import TorchSteps
+from finetune.model.kernels.stream import ExpertStream, transfer_seconds
+from finetune.model.kernels.wide import Wide
+from tests.unit.test_model_expert_layer import EXPERTS, make_case, make_layer, run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "EXPERTS", 2)
+
+
+def two_layers(stream: ExpertStream | None) -> list[Any]:
+    """Layers that share scratch memory, as those of a model do."""
+    layers = [make_layer(torch.float32, seed=seed) for seed in (3, 4)]
+    for layer in layers:
+        layer.base.scratch = layers[0].base.scratch
+        if stream is not None:
+            layer.base.keep_on_host(stream)
+    layers[0].base.scratch.back_ends[CPU, torch.float32] = Wide(TorchSteps(), Budget(1 << 30))
+    return layers
+
+
+def step(layers: list[Any]) -> list[torch.Tensor]:
+    """Forward through both layers and back; the output and the gradients of x and all factors."""
+    case = make_case()
+    x = case.x.float().requires_grad_()
+    out = x
+    for layer in layers:
+        out = layer(out, case.indices, case.scores.float())
+    trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, [x, *trained], case.d_out.float())]
+
+
+def test_results_are_exactly_those_of_resident_experts() -> None:
+    streamed, resident = step(two_layers(ExpertStream(CPU))), step(two_layers(None))
+    assert len(streamed) == 10
+    assert all(torch.equal(a, b) for a, b in zip(streamed, resident, strict=True))
+
+
+def test_after_the_first_step_everything_is_foreseen() -> None:
+    stream = ExpertStream(CPU)
+    layers, chunks = two_layers(stream), EXPERTS // 2
+    first = step(layers)
+    assert (stream.hits, stream.misses) == (0, 4 * chunks)
+    second = step(layers)
+    # But for the very first, which follows nothing: it was not known that another step would come.
+    assert (stream.hits, stream.misses) == (4 * chunks - 1, 4 * chunks + 1)
+    step(layers)
+    assert stream.misses == 4 * chunks + 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_another_order_costs_waiting_and_nothing_else() -> None:
+    stream = ExpertStream(CPU)
+    layers = two_layers(stream)
+    expected = step(layers)
+    with torch.no_grad():  # as evaluation in the middle of training does
+        layers[0](make_case().x.float(), make_case().indices, make_case().scores.float())
+    found = step(layers)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_device_holds_two_chunks_and_the_packed_bytes_do_not_move_there() -> None:
+    stream = ExpertStream(CPU)
+    layer = two_layers(stream)[0]
+    run(layer, make_case(), torch.float32)
+    packed = {name: p for name, p in layer.base.named_parameters() if p.dtype == torch.uint8}
+    two_experts = sum(parameter[:2].numel() for parameter in packed.values())
+    for buffer in (stream._current, stream._next):
+        assert sum(memory.numel() for memory in buffer.memory) == two_experts
+    moved = layer.to("meta")
+    kinds = {parameter.dtype: parameter.device.type for parameter in moved.base.parameters()}
+    assert kinds[torch.uint8] == "cpu" and kinds[torch.float32] == "meta"
+
+
+def test_a_step_brings_every_expert_twice() -> None:
+    assert transfer_seconds(61e9, 50e9) == pytest.approx(2.44)
