@@ -1,0 +1,169 @@
+"""The engine's parts: pages, plans, draws, and attention from the cache."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GptOssConfig
+
+from finetune.errors import FinetuneError
+from finetune.serve.attention import Span, lay_out
+from finetune.serve.cache import PAGE_TOKENS, CacheSize, KeyValueCache, plan_cache
+from finetune.serve.sampling import Draws, Sampling, choose, score
+from finetune.serve.scheduler import PREFILL_TOKENS, Scheduler, Sequence
+
+WINDOW, HEADS, QUERY_HEADS, SIZE = 8, 2, 4, 16
+
+
+def config() -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    return GptOssConfig(
+        num_hidden_layers=2, layer_types=kinds, sliding_window=WINDOW, num_key_value_heads=HEADS,
+        num_attention_heads=QUERY_HEADS, head_dim=SIZE, hidden_size=64,
+    )  # fmt: skip
+
+
+def by_definition(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor, window: float
+) -> torch.Tensor:
+    """Causal attention of a whole sequence, float64 `[H, L, D]`; the last token's row."""
+    last = key.shape[1] - 1
+    out = []
+    for head in range(QUERY_HEADS):
+        shared = head // (QUERY_HEADS // HEADS)
+        first = max(0, last - int(min(window, last + 1)) + 1)
+        scores = key[shared, first:] @ query[head, last] / math.sqrt(SIZE)
+        p = torch.cat([scores, sinks[head : head + 1]]).softmax(0)[:-1]
+        out.append(p @ value[shared, first:])
+    return torch.stack(out)
+
+
+@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=4), st.randoms())
+def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
+    pieces: list[list[int]], shuffle: random.Random
+) -> None:
+    """Sequences whose tokens come in pieces of any sizes, together in steps, with pages in any order."""
+    torch.manual_seed(0)
+    size = CacheSize(pages=4 * len(pieces), sequences=len(pieces), bytes=0)
+    cache = KeyValueCache(config(), size, torch.float64, torch.device("cpu"))
+    free = list(range(size.pages))
+    shuffle.shuffle(free)
+    pages = [free[4 * i : 4 * i + 4] for i in range(len(pieces))]
+    data = [torch.randn(QUERY_HEADS + 2 * HEADS, sum(some), SIZE, dtype=torch.float64) for some in pieces]
+    sinks = torch.randn(QUERY_HEADS, dtype=torch.float64)
+    for step in range(max(map(len, pieces))):
+        members = [i for i, some in enumerate(pieces) if step < len(some)]
+        members.sort(key=lambda i: pieces[i][step] > 1)
+        spans = [Span(sum(pieces[i][:step]), pieces[i][step], pages[i], i) for i in members]
+        flat = torch.cat(
+            [data[i][:, s.start : s.start + s.length] for i, s in zip(members, spans, strict=True)], 1
+        )
+        parts = flat.split([QUERY_HEADS, HEADS, HEADS])
+        steps = lay_out(cache, spans, query_heads=QUERY_HEADS)
+        for layer, window in ((0, WINDOW), (1, math.inf)):
+            out = steps[config().layer_types[layer]].attend(layer, *parts, sinks, 1 / math.sqrt(SIZE))
+            end = 0
+            for i, span in zip(members, spans, strict=True):
+                end += span.length
+                seen = data[i][:, : span.start + span.length].split([QUERY_HEADS, HEADS, HEADS])
+                expected = by_definition(*seen, sinks, window)
+                torch.testing.assert_close(out[end - 1], expected, rtol=1e-10, atol=1e-10)
+
+
+def sequence(tokens: int, written: int = 100) -> Sequence:
+    return Sequence(list(range(tokens)), None, Sampling(written), lambda event: None)
+
+
+def run(scheduler: Scheduler, steps: int = 10_000) -> dict[int, int]:
+    """Steps until nothing is left, each token chosen at once; how many tokens each sequence got."""
+    got: dict[int, int] = {}
+    for _ in range(steps):
+        plan = scheduler.plan()
+        if not plan:
+            break
+        held = [page for item in scheduler.running for page in item.pages]
+        assert len(held) == len(set(held)) == scheduler.pages.used
+        lengths = [item.span.length for item in plan]
+        assert sum(n for n in lengths if n > 1) <= PREFILL_TOKENS
+        assert lengths == sorted(lengths, key=lambda n: n > 1)
+        for item in plan:
+            item.sequence.computed += item.span.length
+            assert len(item.sequence.pages) * PAGE_TOKENS >= item.sequence.computed
+            if item.complete:
+                item.sequence.ids.append(0)
+                got[id(item.sequence)] = item.sequence.written
+                if item.sequence.written == item.sequence.sampling.max_tokens:
+                    scheduler.finish(item.sequence)
+    return got
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 200)), min_size=1, max_size=12),
+    st.integers(19, 60),
+)
+def test_every_sequence_is_finished_however_short_the_pages(
+    wanted: list[tuple[int, int]], pages: int
+) -> None:
+    scheduler = Scheduler(CacheSize(pages=pages, sequences=4, bytes=0))
+    sequences = [sequence(tokens, written) for tokens, written in wanted]
+    for one in sequences:
+        scheduler.add(one)
+    got = run(scheduler)
+    assert [got[id(one)] for one in sequences] == [written for _, written in wanted]
+    assert scheduler.pages.used == 0 and not scheduler.running and not scheduler.waiting
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_read() -> None:
+    scheduler = Scheduler(CacheSize(pages=200, sequences=4, bytes=0))
+    short, long = sequence(5), sequence(5 * PREFILL_TOKENS)
+    scheduler.add(short)
+    for item in scheduler.plan():
+        item.sequence.computed += item.span.length
+    short.ids.append(0)
+    scheduler.add(long)
+    for _ in range(5):
+        first, second = scheduler.plan()
+        assert (first.sequence, first.span.length) == (short, 1)
+        assert (second.sequence, second.span.length) == (long, PREFILL_TOKENS)
+        short.computed += 1
+        short.ids.append(0)
+        long.computed += PREFILL_TOKENS
+
+
+def test_a_cache_takes_what_is_free_and_says_when_that_is_too_little() -> None:
+    roomy = plan_cache(config(), context=320, sequences=4, free=1e9, itemsize=4)
+    assert (roomy.pages, roomy.tokens) == (4 * 320 // PAGE_TOKENS, 4 * 320)
+    tight = plan_cache(config(), context=320, sequences=4, free=roomy.bytes / 2, itemsize=4)
+    assert 4 <= tight.pages < roomy.pages and tight.bytes <= roomy.bytes / 2
+    held = KeyValueCache(config(), tight, torch.float32, torch.device("cpu"))
+    assert sum(part.nbytes for part in (*held.keys, *held.values)) == tight.bytes
+    with pytest.raises(FinetuneError, match="smaller --batch or a larger --cache-gb"):
+        plan_cache(config(), context=320, sequences=4, free=1000, itemsize=4)
+
+
+def test_draws_follow_the_distribution_and_top_p_cuts_its_tail() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    draws = Draws(Sampling(1, temperature=1.0, seed=0))
+    tokens = [choose(p.log().unsqueeze(0), [draws], [None])[0] for _ in range(4000)]
+    found = torch.tensor([tokens.count(i) / 4000 for i in range(4)])
+    torch.testing.assert_close(found, p, rtol=0, atol=0.03)
+    cut = Draws(Sampling(1, temperature=1.0, top_p=0.79, seed=0))
+    assert {choose(p.log().unsqueeze(0), [cut], [None])[0] for _ in range(500)} == {0, 1}
+    sharp = Draws(Sampling(1, temperature=1.0, top_p=1e-9, seed=0))
+    assert {choose(p.log().unsqueeze(0), [sharp], [None])[0] for _ in range(20)} == {0}
+
+
+def test_a_mask_leaves_only_what_it_allows_and_scores_as_if_there_were_none() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    mask = torch.tensor([False, False, True])
+    greedy = Draws(Sampling(1, temperature=0))
+    assert choose(logits, [greedy, greedy], [mask, None]) == [2, 0]
+    scored = score(logits[0], 2, Sampling(1, top_logprobs=2))
+    assert scored is not None and [token for token, _ in scored.top] == [0, 1]
+    assert scored.logprob == pytest.approx(float(logits[0].log_softmax(-1)[2]))
