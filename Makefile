@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 # llama.cpp as a judge of exports, where a built wheel lies beside the checkout; it takes minutes to build.
 .PHONY: judge-llama
 judge-llama:
-	-@$(PIP) diskcache && $(PIP) --no-index --no-deps ../shared/wheels/llama_cpp_python-*.whl
+	-@$(PIP) diskcache sse-starlette starlette-context pydantic-settings && $(PIP) --no-index --no-deps ../shared/wheels/llama_cpp_python-*.whl
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 .venv/bin/finetune train recipes/nano/demo.yaml

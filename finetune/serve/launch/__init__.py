@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -12,11 +13,13 @@ from typing import Any, cast, get_args
 from finetune.errors import FinetuneError, writing
 from finetune.manifest import MANIFEST
 from finetune.probe import Probe, read_probes
-from finetune.serve.launch.commands import Gpus, Where, build_command
+from finetune.serve.launch.commands import KEY, Gpus, Where, build_command
 from finetune.serve.launch.process import complete, running
 from finetune.serve.launch.target import Engine, Target, find_target
 
 __all__ = ["launch"]
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def launch(
@@ -31,10 +34,12 @@ def launch(
     base: str | None = None,
     print_only: bool = False,
     emit: Callable[[str], None] = print,
+    ready: Callable[[str, list[str]], None] | None = None,
 ) -> int:
     """Serve `where` (a run, an export, a model) with another engine until that ends; its exit status.
 
-    `emit` is told the command, and once the engine answers, its address and what the probes said.
+    `emit` is told the command, and once the engine answers, its address and what the probes said; after
+    that `ready` gets the address and the names to ask for. `port` 0 takes any free one.
 
     Raises:
         FinetuneError: the engine cannot load this export, is not installed, does not start, or answers as
@@ -42,6 +47,10 @@ def launch(
     """
     if engine not in get_args(Engine):
         raise FinetuneError(f"there is no engine {engine!r}; known are local, {', '.join(get_args(Engine))}")
+    if host not in LOCAL and api_key is None:
+        raise FinetuneError(f"listening on {host} is open to others; give --api-key or set {KEY}")
+    if port == 0:
+        port = _free_port(host)
     target = find_target(where, cast(Engine, engine), base=base, adapters=adapters)
     place = Where(host, port, context, with_key=api_key is not None)
     command = build_command(cast(Engine, engine), target, place, Gpus.here())
@@ -59,7 +68,15 @@ def launch(
         process.wait_until_healthy(url + command.health)
         emit(f"ready at {url}: ask for the model {command.model!r}")
         emit(prove(probes, lambda probe: complete(url, command.model, probe.prompt, probe.tokens, api_key)))
+        if ready:
+            ready(url, [command.model, *(name for name in target.adapters if name != target.name)])
         return process.wait()
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
 
 
 def prove(probes: list[Probe], ask: Callable[[Probe], str]) -> str:

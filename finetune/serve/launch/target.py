@@ -101,8 +101,6 @@ def _export_of_run(run: str, engine: Engine) -> Path:
 def _wrong_format(engine: Engine, found: str | None, source: str) -> FinetuneError:
     what = f"an export of format {found}" if found else "a run without an export"
     to = FORMATS[engine][0]
-    if engine == "llama.cpp":
-        to = "gguf-lora"
     takes = ", ".join(FORMATS[engine])
     return FinetuneError(
         f"{engine} cannot load {what} (it takes {takes}); write one with: "
