@@ -12,7 +12,7 @@ from finetune.cli_common import Debug, Json, command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from finetune.export.verify import Verdict
+    from finetune.export.verdict import Verdict
 
 
 def export(
@@ -127,20 +127,40 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in (f"{verdict.format}, by {verdict.judge}", "found", "allowed"):
         table.add_column(heading, justify="left" if heading.startswith(verdict.format) else "right")
-    typical, most = verdict.typical_difference, verdict.max_allowed
-    table.add_row(
-        "largest difference of logits", f"{verdict.max_difference:.2g}", f"{most:.2g}" if most else ""
-    )
-    table.add_row("at the typical position", f"{typical:.2g}", f"{verdict.typical_allowed:.2g}")
-    table.add_row("mean difference", f"{verdict.mean_difference:.2g}", "")
+    found, allowed = verdict.max_difference, verdict.max_allowed
+    rows = [("largest difference of logits", f"{found:.2g}", f"{allowed:.2g}" if allowed else "")]
+    found, allowed = verdict.typical_difference, verdict.typical_allowed
+    rows.append(("at the typical position", f"{found:.2g}", f"{allowed:.2g}" if allowed else ""))
+    rows.append(("mean difference", f"{verdict.mean_difference:.2g}", ""))
     if verdict.effect is not None:
-        table.add_row("mean effect of the adapter", f"{verdict.effect:.2g}", "")
-    table.add_row("greedy tokens equal", f"{verdict.greedy_equal} of {verdict.greedy}", "")
+        rows.append(("mean effect of the adapter", f"{verdict.effect:.2g}", ""))
+    if verdict.reading is not None:
+        rows.append(("largest, from our reading", f"{verdict.reading:.2g}", f"{verdict.reading_allowed:.2g}"))
+    rows.append(("greedy tokens equal", f"{verdict.greedy_equal} of {verdict.greedy}", ""))
+    rows += _kept_rows(verdict)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(f"asked about {verdict.prompts}: {verdict.tokens} positions", markup=False)
     if verdict.note:
         console.print(verdict.note, markup=False)
+    good = "this is the model that it was made from"
+    if verdict.kept:
+        good = "the files hold the tuned model as it was rounded, and it keeps what is stated"
     if verdict.passed:
-        console.print("this is the model that it was made from", style="green")
+        console.print(good, style="green")
     else:
         console.print("this is NOT the model that it was made from", style="red")
+
+
+def _kept_rows(verdict: Verdict) -> list[tuple[str, str, str]]:
+    """What a merge into MXFP4 keeps; beside it what the export says of itself."""
+    kept = verdict.kept
+    if kept is None:
+        return []
+    figures = (("gain", kept.gain, kept.stated_gain), ("change", kept.change, kept.stated_change))
+    return [
+        (f"{name} kept, on {kept.tokens} tokens", f"{found:.1%}", f"{stated:.1%} stated" if stated else "")
+        for name, found, stated in figures
+        if found is not None
+    ]

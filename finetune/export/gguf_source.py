@@ -15,7 +15,7 @@ from finetune.errors import FinetuneError
 from finetune.export.gguf import Kind
 from finetune.export.gguf_layout import EXPERTS, LAYER, TOP, unpack_rows
 from finetune.export.gguf_words import SWIGLU_LIMIT
-from finetune.export.tensors import Planned, spans
+from finetune.export.tensors import DTYPES, Planned, spans
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT_OSS]
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
@@ -24,14 +24,14 @@ GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
 class GgufSource:
-    """A file whose tensors are mapped, not loaded.
+    """A file whose tensors are mapped, not loaded; what it holds becomes bf16, with `exact` where that can.
 
     Raises:
         FinetuneError: it is no GGUF, of another architecture, an adapter, or quantised otherwise.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, *, exact: bool = False) -> None:
+        self.file, self._exact = file, exact
         try:
             self._reader = gguf.GGUFReader(file)
         except (OSError, ValueError, KeyError, IndexError) as error:
@@ -107,19 +107,20 @@ class GgufSource:
         return {planned.name: planned for planned in plans}
 
     def _values(self, tensor: Any, first: int, last: int) -> Tensor:
-        """Rows (or experts) decoded and as bf16."""
+        """Rows (or experts) decoded, float32."""
         values = gguf.quants.dequantize(np.asarray(tensor.data[first:last]), tensor.tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def _dense(self, name: str, theirs: str) -> Planned:
         tensor = self._tensor(theirs)
         shape = tuple(int(size) for size in reversed(tensor.shape))
+        kind = "F32" if self._exact and tensor.tensor_type == Kind.Q8_0 else "BF16"
 
         def pieces() -> Iterator[Tensor]:
             for first, last in spans(shape, 4):
-                yield self._values(tensor, first, last)
+                yield self._values(tensor, first, last).to(DTYPES[kind])
 
-        return Planned(name, "BF16", shape, pieces)
+        return Planned(name, kind, shape, pieces)
 
     def _experts(self, name: str, theirs: list[str]) -> list[Planned]:
         """Weights and bias of an expert parameter whose rows come from one tensor, or in turn from two."""
@@ -129,7 +130,7 @@ class GgufSource:
         outputs = rows * len(weights)
 
         def bias() -> Iterator[Tensor]:
-            yield _in_turn([self._values(one, 0, experts) for one in biases])
+            yield _in_turn([self._values(one, 0, experts) for one in biases]).to(torch.bfloat16)
 
         def part(which: int) -> Iterator[Tensor]:
             for number in range(experts):
@@ -140,7 +141,7 @@ class GgufSource:
         def dense() -> Iterator[Tensor]:
             for number in range(experts):
                 values = [self._values(one, number, number + 1) for one in weights]
-                yield _in_turn(values).mT
+                yield _in_turn(values).mT.to(torch.bfloat16)
 
         plans = [Planned(f"{name}_bias", "BF16", (experts, outputs), bias)]
         if not self.packed:

@@ -39,16 +39,22 @@ class Imported:
 
 
 def import_model(
-    source: str | Path, out: str | Path, *, tokenizer: Path | None = None, force: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    exact: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write the model in `source` to the new directory `out`; returns what its finetune_export.json says.
 
-    The tokenizer is copied from `tokenizer`, or from beside the source.
+    The tokenizer is copied from `tokenizer`, or from beside the source. With `exact` the values of a GGUF
+    that bf16 cannot hold (those of Q8_0) stay as they are, in float32.
 
     Raises:
         FinetuneError: the source is none of the three kinds, or not a gpt-oss; or there is no tokenizer.
     """
-    found = _look(Path(source))
+    found = _look(Path(source), exact=exact)
     words = tokenizer or found.folder
     if not (words / "tokenizer.json").is_file():
         raise FinetuneError("no tokenizer.json here; name its folder with --tokenizer", at=str(words))
@@ -89,13 +95,13 @@ def _checked(found: Imported, name: str, shape: tuple[int, ...], source: str | P
     return planned
 
 
-def _look(source: Path) -> Imported:
+def _look(source: Path, *, exact: bool) -> Imported:
     """Find out what a source is."""
     if source.is_file() or source.suffix == ".gguf":
-        return _from_gguf(source)
+        return _from_gguf(source, exact=exact)
     ggufs = sorted(source.glob("*.gguf"))
     if len(ggufs) == 1:
-        return _from_gguf(ggufs[0])
+        return _from_gguf(ggufs[0], exact=exact)
     for folder in (source / openai.FOLDER, source):
         if (folder / "config.json").is_file() and "num_experts" in _read_json(folder / "config.json"):
             return _from_original(folder)
@@ -193,7 +199,7 @@ def released_from_original(config: dict[str, Any], at: Path) -> dict[str, Any]:
         raise FinetuneError(f"its config.json lacks {error}", at=str(at)) from None
 
 
-def _from_gguf(file: Path) -> Imported:
-    source = GgufSource(file)
+def _from_gguf(file: Path, *, exact: bool) -> Imported:
+    source = GgufSource(file, exact=exact)
     config = released_sizes(**source.sizes())
     return Imported("GGUF", config, source.tensors(), source.packed, file.parent)

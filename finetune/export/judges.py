@@ -22,12 +22,14 @@ from finetune.export import gguf as gguf_export
 from finetune.export import gguf_lora, openai
 from finetune.export.peft_files import Adapter
 from finetune.export.subject import Base, Subject
+from finetune.model import inspect_checkpoint
 
 Logits = Callable[[Sequence[int]], Tensor]
 TRANSFORMERS, OPENAI, LLAMA = "transformers", "OpenAI's gpt_oss.torch", "llama.cpp"
 JUDGE_OF = {
     "adapter": TRANSFORMERS,
     "bf16": TRANSFORMERS,
+    "mxfp4": TRANSFORMERS,
     "sglang-lora": TRANSFORMERS,
     "openai": OPENAI,
     "gguf": LLAMA,
@@ -59,8 +61,8 @@ def free_memory() -> int | None:
 
 
 @contextmanager
-def asked(export_format: str, folder: Path, base: Base, subject: Subject) -> Iterator[Logits]:
-    """The judge of a format, with the export in `folder` loaded.
+def asked(export_format: str, folder: Path, subject: Subject, longest: int) -> Iterator[Logits]:
+    """The judge of a format, with the export in `folder` loaded, for rows of up to `longest` tokens.
 
     Raises:
         FinetuneError: the judge does not load the export.
@@ -70,9 +72,9 @@ def asked(export_format: str, folder: Path, base: Base, subject: Subject) -> Ite
             yield _openai(folder / openai.FOLDER)
         elif export_format in ("gguf", "gguf-lora"):
             with TemporaryDirectory(prefix="finetune-verify-") as scratch:
-                yield _llama(export_format, folder, subject, Path(scratch))
+                yield _llama(export_format, folder, subject, Path(scratch), longest)
         else:
-            yield _transformers(export_format, folder, base)
+            yield _transformers(export_format, folder, subject.base)
     except FinetuneError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, AssertionError) as error:
@@ -94,9 +96,16 @@ def transformers_logits(model: Any) -> Logits:
 
 def stock_model(path: Path, dtype: torch.dtype) -> Any:
     """transformers' own model; experts in MXFP4 are decoded."""
-    from transformers import GptOssForCausalLM
+    from transformers import GptOssForCausalLM, Mxfp4Config
 
-    found, report = GptOssForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    packed = inspect_checkpoint(path).kind == "mxfp4"
+    found, report = GptOssForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        # By itself it decodes only where it has no kernels for them.
+        **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
+    )
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
     if wrong:
         raise FinetuneError(f"transformers does not find its tensors here, first {wrong[0]}", at=str(path))
@@ -104,7 +113,7 @@ def stock_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _transformers(export_format: str, folder: Path, base: Base) -> Logits:
-    if export_format == "bf16":
+    if export_format in ("bf16", "mxfp4"):
         return transformers_logits(stock_model(folder, torch.float32))
     model = stock_model(base.path, torch.float32)
     if export_format == "sglang-lora":
@@ -150,7 +159,7 @@ def _openai(folder: Path) -> Logits:
     return logits
 
 
-def _llama(export_format: str, folder: Path, subject: Subject, scratch: Path) -> Logits:
+def _llama(export_format: str, folder: Path, subject: Subject, scratch: Path, longest: int) -> Logits:
     """llama.cpp rounds the activations that meet MXFP4 to 8 bits, so the file is first decoded to float32."""
     from llama_cpp import Llama
 
@@ -163,11 +172,10 @@ def _llama(export_format: str, folder: Path, subject: Subject, scratch: Path) ->
         (scratch / gguf_export.FILE).rename(model)
     decoded = scratch / "float32.gguf"
     decode_gguf(model, decoded)
-    window = 1024
     llama = Llama(
         str(decoded),
-        n_ctx=window,
-        n_batch=window,
+        n_ctx=longest,
+        n_batch=longest,
         n_threads=max(1, (os.cpu_count() or 1) // 2),
         logits_all=True,
         type_k=F32,

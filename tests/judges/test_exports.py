@@ -6,18 +6,20 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.errors import FinetuneError
 from finetune.export import export
 from finetune.export.judges import JUDGE_OF, LLAMA, OPENAI
-from finetune.export.verify import Verdict, verify
+from finetune.export.verdict import Verdict
+from finetune.export.verify import verify
 from finetune.manifest import MANIFEST, sha256
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from tests.checkpoints import NANO
-from tests.export_kit import write_adapter, write_base
+from tests.export_kit import write_adapter, write_base, write_talk
 
 PACKAGES = {OPENAI: "gpt_oss", LLAMA: "llama_cpp"}
 SHAPES = {
@@ -36,6 +38,11 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter") / "tuned", base)
 
 
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_talk(tmp_path_factory.mktemp("talk") / "talk.jsonl", rows=16)
+
+
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.export.prompts.COUNT", 2)
@@ -48,10 +55,10 @@ def ask_judge(to: str) -> None:
         pytest.skip(f"the judge of {to} is the package {package}, which is not installed")
 
 
-def judged(source: Path, to: str, out: Path) -> Verdict:
+def judged(source: Path, to: str, out: Path, data: Path | None = None, **options: Any) -> Verdict:
     ask_judge(to)
-    export(source, to, out)
-    verdict = verify(out, against=str(source))
+    export(source, to, out, **options)
+    verdict = verify(out, against=str(source), data=data)
     assert json.loads((out / MANIFEST).read_text())["proof"]["verified"] == verdict.to_dict()
     return verdict
 
@@ -75,6 +82,38 @@ def test_a_merge_costs_no_more_than_bf16_costs_the_untuned_base(adapter: Path, t
     verdict = judged(adapter, "bf16", tmp_path / "out")
     assert verdict.passed and verdict.effect is not None
     assert verdict.typical_difference < 0.1 * verdict.effect
+
+
+@pytest.mark.parametrize("to", ["mxfp4", "gguf", "openai"])
+def test_a_merge_into_mxfp4_keeps_by_its_judge_what_it_states(
+    adapter: Path, talk: Path, tmp_path: Path, to: str
+) -> None:
+    verdict = judged(adapter, to, tmp_path / "out", talk, calibrate=talk, kept_at_least=0)
+    assert verdict.passed and verdict.kept and verdict.reading is not None and verdict.reading < 2e-5
+    assert verdict.kept.stated_change and verdict.kept.change == pytest.approx(
+        verdict.kept.stated_change, abs=0.02 if to == "gguf" else 1e-4
+    )
+    # Stated too well, the same files do not pass.
+    file = tmp_path / "out" / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["proof"].get("merged", manifest["proof"])["kept"]["change_kept"] += 0.05
+    file.write_text(json.dumps(manifest))
+    assert not verify(tmp_path / "out", against=str(adapter), data=talk).passed
+
+
+def test_a_merge_that_was_not_measured_is_judged_by_what_is_read(adapter: Path, tmp_path: Path) -> None:
+    verdict = judged(adapter, "mxfp4", tmp_path / "out")
+    assert verdict.passed and verdict.kept and verdict.kept.stated_change is None
+    assert verdict.kept.change is not None and verdict.kept.change < 1
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_dense_tensors_in_q8_0_are_read_by_llama_cpp_as_by_us(
+    base: Path, adapter: Path, tmp_path: Path, tuned: bool
+) -> None:
+    verdict = judged(adapter if tuned else base, "gguf", tmp_path / "out", dense="q8_0")
+    assert verdict.passed and verdict.reading is not None and verdict.reading < 2e-5
+    assert verdict.typical_difference > 1e-4
 
 
 def test_a_merged_directory_goes_on_to_gguf(base: Path, adapter: Path, tmp_path: Path) -> None:
