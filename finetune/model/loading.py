@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -17,9 +17,11 @@ from finetune.model.attention import NAME as ATTENTION
 from finetune.model.attention import use_packed_attention
 from finetune.model.checkpoint import CheckpointInfo, inspect_checkpoint
 from finetune.model.experts import DenseExperts, PackedExperts, Scratch
+from finetune.model.kernels.stream import ExpertStream
 from finetune.model.lora import load_adapter
 from finetune.model.places import resolve
 from finetune.model.recompute import use_selective_recompute
+from finetune.model.shrink import keep_embedding_on_host, quantise_attention
 
 
 def load_model(
@@ -28,18 +30,23 @@ def load_model(
     adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    nf4: bool = False,
+    experts_on: Literal["device", "host"] = "device",
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Load a model and its tokenizer.
 
     `where` is a checkpoint directory, a hub id, a run directory (its base with its adapter) or `nano`;
     `adapter` a directory in PEFT's layout. `dtype` (bfloat16 by default) is that of attention, embeddings
     and the computation; expert blocks keep their bytes. `device` is the first GPU where there is one, else
-    the CPU. With an adapter the result is a `PeftModel` over the `GptOssForCausalLM`, ready for inference.
+    the CPU. For GPUs short of memory, `nf4` keeps attention in NF4 and the embedding on the host, and
+    `experts_on="host"` keeps the expert blocks there.
+    With an adapter the result is a `PeftModel` over the `GptOssForCausalLM`, ready for inference.
     Raises FinetuneError for anything wrong with the files.
     """
     place = resolve(where)
     adapter_path = Path(adapter) if adapter is not None else place.adapter
-    model = load_base(place.base, dtype=dtype or torch.bfloat16, device=device)
+    dtype = dtype or torch.bfloat16
+    model = load_base(place.base, dtype=dtype, device=device, nf4=nf4, experts_on=experts_on)
     tokenizer = load_tokenizer(place.base)
     if adapter_path is None:
         return model, tokenizer
@@ -47,8 +54,9 @@ def load_model(
 
 
 def load_base(
-    path: Path, *, dtype: torch.dtype, device: torch.device | str | None = None
-) -> GptOssForCausalLM:
+    path: Path, *, dtype: torch.dtype, device: torch.device | str | None = None,
+    nf4: bool = False, experts_on: Literal["device", "host"] = "device",
+) -> GptOssForCausalLM:  # fmt: skip
     """The checkpoint's model in evaluation mode, all frozen, its tensors backed by the files' pages."""
     info = inspect_checkpoint(path)
     config = read_model_config(path, dtype)
@@ -65,9 +73,22 @@ def load_base(
     use_packed_attention(model)
     use_selective_recompute(model)
     model.requires_grad_(False)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if nf4:
+        quantise_attention(model, dtype)
+        keep_embedding_on_host(model)
+    if experts_on == "host" and device.type != "cpu":
+        _keep_experts_on_host(model, info, device)
     return model.to(device).eval()
+
+
+def _keep_experts_on_host(model: GptOssForCausalLM, info: CheckpointInfo, device: torch.device) -> None:
+    if info.kind != "mxfp4":
+        sentence = "model.experts_on: host needs experts in MXFP4; this checkpoint has them in bf16"
+        raise FinetuneError(sentence, at=str(info.path))
+    stream = ExpertStream(device)
+    for layer in model.model.layers:
+        layer.mlp.experts.keep_on_host(stream)
 
 
 def read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:

@@ -20,6 +20,7 @@ from finetune.model.checkpoint import fingerprint
 from finetune.model.expert_layer import Factors
 from finetune.model.experts import DenseExperts, Experts, PackedExperts
 from finetune.model.places import ADAPTER_FILE, BASE_RECORD
+from finetune.model.shrink import known_as_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def add_lora(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, with_our_wrapper(config))
+    with known_as_quantised(model):
+        adapted = get_peft_model(model, with_our_wrapper(config))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -120,7 +122,8 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
     config = _read_config(path)
     config.inference_mode = not trainable
     try:
-        adapted = PeftModelForCausalLM(model, with_our_wrapper(config))
+        with known_as_quantised(model):
+            adapted = PeftModelForCausalLM(model, with_our_wrapper(config))
         loaded = adapted.load_adapter(str(path), "default", is_trainable=trainable)
     except Exception as error:  # PEFT raises whatever its code meets in a configuration it does not expect
         lines = (str(error).strip() or type(error).__name__).splitlines()

@@ -13,7 +13,8 @@ class Workload:
     """One pass of `tokens` tokens on one process, `passes` of them a step.
 
     `document`: the length of the document that a token stands in, averaged over tokens; `learned`: the share
-    of tokens that the output head is asked for. `dense`: dtype of the dense weights and the computation.
+    of tokens that the output head is asked for. `dense`: dtype of the dense weights and the computation. On
+    GPUs: `nf4` attention, experts `from_host`, and what is kept for backward `offloaded`.
     """
 
     tokens: int
@@ -25,6 +26,9 @@ class Workload:
     optimizer: str
     document: float
     learned: float = 1.0
+    nf4: bool = False
+    from_host: bool = False
+    offloaded: bool = False
 
     @classmethod
     def of(
@@ -39,11 +43,14 @@ class Workload:
             passes=max(1, round(train.tokens_per_step / (tokens * processes))),
             rank=recipe.lora.rank,
             targets=list(recipe.lora.targets),
-            dense=recipe.model.dense,
+            dense="bf16" if recipe.model.dense == "nf4" else recipe.model.dense,  # what is computed in
             checkpointing=train.gradient_checkpointing,
             optimizer=train.optimizer,
             document=min(document, tokens),
             learned=learned,
+            nf4=recipe.model.dense == "nf4",
+            from_host=recipe.model.experts_on == "host",
+            offloaded=train.offload_activations,
         )
 
     @property

@@ -47,10 +47,15 @@ class Spec(BaseModel):
 
 
 class ModelSpec(Spec):
-    """The base model. `dense` is the dtype of attention and embeddings and of the computation."""
+    """The base model. `dense` is the dtype of attention and embeddings and of the computation.
+
+    For GPUs short of memory: `dense: nf4` keeps attention in NF4 and the embedding on the host, and computes
+    in bf16; `experts_on: host` keeps the experts in host memory and brings them a few at a time.
+    """
 
     base: Text
-    dense: Literal["bf16", "float32"] = "bf16"
+    dense: Literal["bf16", "float32", "nf4"] = "bf16"
+    experts_on: Literal["device", "host"] = "device"
 
 
 class LoraSpec(Spec):
@@ -126,7 +131,8 @@ class TrainSpec(Spec):
     """The optimisation. `tokens_per_step` counts over all processes; `warmup` is a share of the steps.
 
     `profile` records a few steps and where their time and memory went; `force_memory` trains even where the
-    memory that is free is predicted not to do.
+    memory that is free is predicted not to do. `offload_activations` moves what a GPU keeps for backward to
+    the host; `paged_adamw_8bit` lets its moments go there when memory is short.
     """
 
     epochs: Positive = 1.0
@@ -136,7 +142,7 @@ class TrainSpec(Spec):
     learning_rate: Positive = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.03
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     save_every_steps: Count = 200
@@ -144,6 +150,7 @@ class TrainSpec(Spec):
     eval_every_steps: Count | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = True
+    offload_activations: bool = False
     router_aux_loss: NotNegative = 0.0
     verify_frozen: bool = False
     profile: bool = False

@@ -120,8 +120,14 @@ def _prepare(recipe: Recipe, base: Path, cache: Path, state: PartialState) -> Pr
 
 def _load(recipe: Recipe, state: PartialState) -> tuple[Any, Any]:
     """The base with a new adapter, which begins the same on every process and in every session of a run."""
-    dtype = torch.bfloat16 if recipe.model.dense == "bf16" else torch.float32
-    model, tokenizer = load_model(recipe.model.base, dtype=dtype, device=state.device)
+    base = recipe.model
+    model, tokenizer = load_model(
+        base.base,
+        dtype=torch.float32 if base.dense == "float32" else torch.bfloat16,
+        device=state.device,
+        nf4=base.dense == "nf4",
+        experts_on=base.experts_on,
+    )
     set_seed(recipe.train.seed)
     lora = recipe.lora
     return add_lora(

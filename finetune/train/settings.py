@@ -12,7 +12,11 @@ from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.train.surroundings import wanted_packages
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 # Evaluation at the end only: an interval that no run reaches.
 _NEVER = 10**9
@@ -49,7 +53,7 @@ def training_arguments(recipe: Recipe, run: Path, plan: StepPlan, *, held_out: b
     """The SFTConfig for a recipe.
 
     Raises:
-        FinetuneError: adamw_8bit or W&B is asked for and its package is missing.
+        FinetuneError: bitsandbytes or W&B is asked for and its package is missing.
     """
     from trl import SFTConfig
 
@@ -78,6 +82,8 @@ def training_arguments(recipe: Recipe, run: Path, plan: StepPlan, *, held_out: b
         # The model's own dtype is what is computed in: no autocast.
         bf16=False,
         fp16=False,
+        # On a CPU what is kept is on the host as it is.
+        activation_offloading=train.offload_activations and torch.cuda.is_available(),
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         use_cache=False,

@@ -39,8 +39,10 @@ def set_up_wandb(recipe: Recipe, run: Path) -> None:
 def wanted_packages(recipe: Recipe) -> dict[str, tuple[str, str, str]]:
     """Packages that only some recipes need, each with the section, key and value that ask for it."""
     wanted = {}
-    if recipe.train.optimizer == "adamw_8bit":
-        wanted["bitsandbytes"] = ("train", "optimizer", "adamw_8bit")
+    if recipe.model.dense == "nf4":
+        wanted["bitsandbytes"] = ("model", "dense", "nf4")
+    elif recipe.train.optimizer != "adamw":
+        wanted["bitsandbytes"] = ("train", "optimizer", recipe.train.optimizer)
     if recipe.tracking.wandb != "off":
         wanted["wandb"] = ("tracking", "wandb", recipe.tracking.wandb)
     return wanted
