@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serve.api.errors import error_response
@@ -11,10 +12,7 @@ from finetune.serve.metrics import Metrics
 
 # A context of 131,072 tokens is about 600 kB of text; this leaves room for JSON that escapes every character.
 BODY_LIMIT = 4 << 20
-
-
-class _TooLarge(Exception):
-    pass
+TOO_LARGE = f"the body is larger than {BODY_LIMIT >> 20} MiB"
 
 
 class Guard:
@@ -43,7 +41,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > BODY_LIMIT:
-                raise _TooLarge
+                raise HTTPException(413, TOO_LARGE)
             return message
 
         headers = dict(scope["headers"])
@@ -52,11 +50,9 @@ class Guard:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 await error_response(401, message, code="invalid_api_key")(scope, receive, counted)
             elif _announced(headers) > BODY_LIMIT:
-                await _too_large(scope, receive, counted)
+                await error_response(413, TOO_LARGE)(scope, receive, counted)
             else:
                 await self.app(scope, limited, counted)
-        except _TooLarge:
-            await _too_large(scope, receive, counted)
         finally:
             # The route's own path: what clients make up must not become names of counters.
             route = scope.get("route")
@@ -72,8 +68,3 @@ class Guard:
 def _announced(headers: dict[bytes, bytes]) -> int:
     length = headers.get(b"content-length", b"0")
     return int(length) if length.isdigit() else 0
-
-
-async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
-    message = f"the body is larger than {BODY_LIMIT >> 20} MiB"
-    await error_response(413, message, code="body_too_large")(scope, receive, send)
