@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssForCausalLM
 
 
@@ -20,9 +23,13 @@ class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):  # type: ignore[mi
 
     transformers checkpoints a layer whole, so backward would decode and multiply every expert once more.
     The expert layer saves nothing but its input and recomputes what it needs by itself: only what
-    surrounds it is checkpointed. Kept for backward: the layer's input, the stream between its halves, and
-    the experts' input.
+    surrounds it is checkpointed. Kept for backward: the layer's input, and the stream between its halves,
+    of which the experts' input is made anew.
     """
+
+    # Where what is kept goes to the host, the experts' input goes there, too: the stream that it would be
+    # made of could not leave the GPU before.
+    renormalise = True
 
     # Older transformers wrap here instead.
     __call__ = nn.Module.__call__
@@ -34,11 +41,29 @@ class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):  # type: ignore[mi
             recomputed = self._gradient_checkpointing_func
             hidden_states = recomputed(self._attend, hidden_states, kwargs)
             routed = recomputed(self._route, hidden_states)
+            with self._kept_as_stream(routed[0], hidden_states) if self.renormalise else nullcontext():
+                mixed = self.mlp.experts(*routed)
         else:
             hidden_states = self._attend(hidden_states, kwargs)
-            routed = self._route(hidden_states)
-        mixed: Tensor = self.mlp.experts(*routed)
-        return hidden_states + mixed.view_as(hidden_states)
+            mixed = self.mlp.experts(*self._route(hidden_states))
+        added: Tensor = hidden_states + mixed.view_as(hidden_states)
+        return added
+
+    def _kept_as_stream(self, x: Tensor, stream: Tensor) -> saved_tensors_hooks:
+        """While experts run on `x [T, H]`, keep instead of it the `stream [B, L, H]` that it was made of."""
+        stream, place, shape = stream.detach(), x.data_ptr(), x.shape
+
+        def pack(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == place and tensor.shape == shape else tensor
+
+        def unpack(kept: Tensor | None) -> Tensor:
+            if kept is not None:
+                return kept
+            with torch.no_grad():
+                again: Tensor = self.post_attention_layernorm(stream)
+            return again.flatten(0, 1)
+
+        return saved_tensors_hooks(pack, unpack)
 
     def _attend(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         attended: Tensor
@@ -50,6 +75,13 @@ class SelectiveDecoderLayer(_NotWrapped, GptOssDecoderLayer):  # type: ignore[mi
         x = self.post_attention_layernorm(hidden_states).flatten(0, 1)
         _, scores, indices = self.mlp.router(x)
         return x, indices, scores
+
+
+def keep_all_inputs(model: nn.Module) -> None:
+    """For activations that are offloaded to the host."""
+    for module in model.modules():
+        if isinstance(module, SelectiveDecoderLayer):
+            module.renormalise = False
 
 
 def use_selective_recompute(model: GptOssForCausalLM) -> None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -61,6 +62,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     recipe = recipe_of(options.recipe, options.overrides)
     if not options.debug:
         quieten()
+    # Packs are of one length but experts' rows are not: without this, pieces of GPU memory are left over that
+    # nothing fits in.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
     import torch
     from accelerate import PartialState
@@ -82,7 +86,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         if state.is_main_process:
             _note(run, options, recipe, state, going_on)
         if options.overrides or not run.adapter.is_dir():
-            outcome = fit(recipe, run, state, console)
+            with _named_knob(recipe):
+                outcome = fit(recipe, run, state, console)
             if outcome.stopped:
                 return _stopped(run, state, f"stopped after step {outcome.step} of {outcome.steps}")
         # What follows takes one process; the others leave.
@@ -147,6 +152,29 @@ def _stopped(run: RunDir, state: Any, what: str) -> dict[str, Any]:
         "status": "stopped",
         "error": f"{what}; `finetune train {run.path}` goes on",
     }
+
+
+@contextlib.contextmanager
+def _named_knob(recipe: Recipe) -> Iterator[None]:
+    """Where a GPU's memory does not do, say which setting of this recipe needs less of it.
+
+    Raises:
+        FinetuneError: in place of torch's exception.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from finetune.predict.advice import smallest_change
+
+        # The first setting that saves memory at all: every other recipe is taken to fit.
+        change = smallest_change(recipe, lambda other: float(other == recipe), 0.5)
+        knob = " ".join(change.overrides)
+        advice = f"{knob} needs less" if knob else "nothing in this recipe can be made smaller"
+        asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+        reason = f" ({asked[0][0].lower()}{asked[0][1:]})" if asked else ""
+        raise FinetuneError(f"the GPU ran out of memory in training{reason}; {advice}") from error
 
 
 @contextlib.contextmanager

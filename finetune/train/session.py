@@ -19,6 +19,7 @@ from finetune.data import Prepared, prepare_data
 from finetune.data.packing import PackedDataset
 from finetune.errors import FinetuneError
 from finetune.model import add_lora, fingerprint, hash_frozen, load_model, resolve, save_adapter
+from finetune.model.recompute import keep_all_inputs
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train.checkpoint import require_whole, whole_directory
@@ -128,6 +129,8 @@ def _load(recipe: Recipe, state: PartialState) -> tuple[Any, Any]:
         nf4=base.dense == "nf4",
         experts_on=base.experts_on,
     )
+    if recipe.train.offload_activations:
+        keep_all_inputs(model)
     set_seed(recipe.train.seed)
     lora = recipe.lora
     return add_lora(

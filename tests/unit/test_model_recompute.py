@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from finetune.model import add_lora
 from finetune.model import experts as experts_module
 from finetune.model.mxfp4 import dequantise_mxfp4
+from finetune.model.recompute import keep_all_inputs
 from tests.checkpoints import write_random_checkpoint
 from tests.model_kit import our_model, random_ids, relative_error
 
@@ -89,22 +92,44 @@ def test_experts_are_decoded_exactly_twice_a_step(
     assert len(decoded) == 2 * len(each)
 
 
+@contextmanager
+def kept_bytes(model: Any) -> Iterator[dict[int, int]]:
+    """Bytes of what is kept for backward, weights apart, by place in memory."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield sizes
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+
+
 def test_checkpointing_keeps_less(base: Path) -> None:
-    kept = {}
+    kept, ids = {}, random_ids(1, 60)
     for name, checkpointing in (("plain", None), ("selective", {"use_reentrant": False})):
         model = model_in_training(base, torch.float32, checkpointing)
-        sizes: dict[int, int] = {}
-
-        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        ids = random_ids(1, 60)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with kept_bytes(model) as sizes:
             model(ids, labels=ids, use_cache=False)
-        kept[name] = sum(size for where, size in sizes.items() if where not in weights)
+        kept[name] = sum(sizes.values())
     assert kept["selective"] < 0.6 * kept["plain"]
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_layer_keeps_its_input_and_the_stream_between_its_halves(base: Path, offloaded: bool) -> None:
+    """With offloading the experts' input, too, which then is out of the way."""
+    model, tokens = model_in_training(base, torch.float32, {"use_reentrant": False}), 600
+    if offloaded:
+        keep_all_inputs(model)
+    ids = random_ids(1, tokens)
+    with kept_bytes(model) as sizes:
+        hidden = model.base_model.model.model(ids, use_cache=False).last_hidden_state
+    of_a_row = hidden.nbytes
+    large = [size for size in sizes.values() if size >= of_a_row]
+    # One more for the final norm; what the experts' inputs are made of is what the router keeps anyway.
+    assert len(large) == LAYERS * (3 if offloaded else 2) + 1 and set(large) == {of_a_row}
 
 
 def test_generation_after_training_uses_its_cache(base: Path) -> None:
