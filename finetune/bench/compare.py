@@ -24,6 +24,7 @@ from finetune.errors import FinetuneError
 from finetune.model import add_lora, load_base, resolve, save_adapter
 from finetune.model.checkpoint import inspect_checkpoint
 from finetune.predict import RELEASED, Machine, Shape, Workload, predict_memory, predict_speed, this_machine
+from finetune.predict.here import CPU_IMPORTS
 from finetune.predict.speed import useful_flops
 from finetune.recipe import Recipe
 
@@ -49,18 +50,20 @@ class Result:
 
 def bench(
     recipe: Recipe, against: Sequence[str] = (), *, steps: int = 20,
-    routings: Sequence[Routing] = ("natural", "balanced"), tell: Callable[[str], None] = lambda _: None,
+    routings: Sequence[Routing] = ("natural", "balanced"), config: dict[str, Any] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train random weights of the recipe's shape with finetune and each opponent; returns the figures.
 
     Of the recipe count base, lora, dtype, optimizer, checkpointing, tokens_per_pass and max_tokens, which is
-    the length of the documents; a step is one pass. `tell` hears what is going on.
+    the length of the documents; a step is one pass. `config`: a config.json to take the sizes from instead of
+    the base's. `tell` hears what is going on.
 
     Raises:
         FinetuneError: an opponent is not installed, the base's sizes are not known, or the disk is too small.
     """
     opponents = [_opponent(name) for name in against]
-    config = _config(recipe)
+    config = config or _config(recipe)
     shape, machine = Shape.of(config), this_machine()
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         place = Path(folder)
@@ -168,11 +171,16 @@ def _conditions_of(recipe: Recipe, shape: Shape, work: Work, machine: Machine) -
         "machine": asdict(machine),
         "predicted": {
             "tokens_per_second": round(speed.tokens_per_second, 1),
-            "memory_gb": round((memory.total - machine.libraries) / 1e9, 4),
+            "memory_gb": round((memory.total - _left_out(machine)) / 1e9, 4),
             "memory_bytes": memory.to_dict(),
             "step_parts": [asdict(part) for part in speed.parts],
         },
     }
+
+
+def _left_out(machine: Machine) -> float:
+    """Bytes that are not in a side's memory: on a GPU all but what torch allocates, on a CPU the imports."""
+    return machine.libraries if machine.kind == "cuda" else CPU_IMPORTS
 
 
 def _run(side: Side, work: Work, place: Path, shape: Shape, machine: Machine) -> Result:

@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.predict.advice import Change, smallest_change
 from finetune.predict.here import memory_here, this_machine
 from finetune.predict.machines import Machine, gpu
-from finetune.predict.memory import Memory, predict_memory
+from finetune.predict.memory import Memory, host_bytes, predict_memory
 from finetune.predict.sample import Lengths, Sample
 from finetune.predict.shape import RELEASED, Shape
 from finetune.predict.speed import Speed, predict_speed
@@ -38,6 +38,7 @@ class Prediction:
 
     machine: Machine
     memory: Memory
+    host_bytes: float
     speed: Speed
     steps: int | None
     seconds: float | None
@@ -59,6 +60,7 @@ class Prediction:
             "machine": asdict(self.machine),
             "fits": self.fits,
             "memory_bytes": self.memory.to_dict(),
+            "host_memory_bytes": round(self.host_bytes),
             "tokens_per_second": round(speed.tokens_per_second, 1),
             "step_seconds": round(speed.step_seconds, 4),
             "step_parts": [asdict(part) for part in speed.parts],
@@ -84,7 +86,8 @@ def predict(
     # The last pack of a step may not be full: time goes by the tokens in it.
     fill = sample.fill if sample else 1.0
     seconds = None if steps is None else steps * speed.step_seconds * fill
-    return Prediction(machine, memory, speed, steps, seconds, price, change)
+    on_host = host_bytes(shape, work) if machine.kind == "cuda" else 0.0
+    return Prediction(machine, memory, on_host, speed, steps, seconds, price, change)
 
 
 def workload(recipe: Recipe, sample: Sample | None) -> Workload:

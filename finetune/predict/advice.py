@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from finetune.recipe import ModelSpec, Recipe
+from finetune.recipe import Recipe
 
 # A pass shorter than this leaves the experts with too few rows to be worth decoding.
 SHORTEST_PASS = 512
@@ -70,16 +70,18 @@ def _optimizer(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "train.optimizer=adamw_8bit", _changed(recipe, "train", optimizer="adamw_8bit")
 
 
+def _offloading(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    if not recipe.train.offload_activations:
+        yield "train.offload_activations=true", _changed(recipe, "train", offload_activations=True)
+
+
 def _dense(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    known = get_args(ModelSpec.model_fields["dense"].annotation)
-    smaller = {"float32": ["bf16", "nf4"], "bf16": ["nf4"]}.get(recipe.model.dense, [])
-    for dense in smaller:
-        if dense in known:
-            yield f"model.dense={dense}", _changed(recipe, "model", dense=dense)
+    for dense in {"float32": ["bf16", "nf4"], "bf16": ["nf4"]}.get(recipe.model.dense, []):
+        yield f"model.dense={dense}", _changed(recipe, "model", dense=dense)
 
 
 def _experts_on_host(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    if getattr(recipe.model, "experts_on", "host") != "host":
+    if recipe.model.experts_on != "host":
         yield "model.experts_on=host", _changed(recipe, "model", experts_on="host")
 
 
@@ -100,5 +102,6 @@ def _shorter_examples(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 _LADDERS = (
-    _checkpointing, _shorter_passes, _optimizer, _dense, _experts_on_host, _rank, _shorter_examples,
+    _checkpointing, _shorter_passes, _optimizer, _offloading, _dense, _experts_on_host, _rank,
+    _shorter_examples,
 )  # fmt: skip

@@ -15,7 +15,7 @@ class Machine:
     `decode`: weights/s from MXFP4 into each dtype; `fresh`: bytes/s of writing to memory never used before,
     0 where an allocator of its own keeps it; `call`: seconds that one operation costs however small.
     `libraries`: bytes in use before a model is loaded; `slack`: the share of what comes and goes that an
-    allocator holds on to. `sheet_matrix`: the data sheet's FLOP/s in bf16, for MFU.
+    allocator holds on to; `link`: bytes/s from host memory. `sheet_matrix`: the data sheet's FLOP/s in bf16.
     """
 
     name: str
@@ -29,46 +29,49 @@ class Machine:
     libraries: float
     slack: float
     fresh: float = 0.0
+    link: float = 0.0
     sheet_matrix: float = 0.0
     measured: bool = False
 
 
 @dataclass(frozen=True)
 class _Sheet:
-    """A GPU's data sheet: memory in GiB, dense bf16 TFLOP/s without sparsity, TB/s."""
+    """A GPU's data sheet: memory in GiB, dense bf16 and TF32 TFLOP/s without sparsity, TB/s, and the
+    generation of its PCIe with 16 lanes."""
 
     name: str
     memory: float
     bf16: float
     tf32: float
     bandwidth: float
+    pcie: int
 
 
 # Data sheets of NVIDIA, of the form that is named; figures without sparsity.
 _SHEETS = {
     # "NVIDIA H100 Tensor Core GPU" data sheet: SXM 989 TFLOP/s, 3.35 TB/s.
-    "h100-80": _Sheet("H100 SXM 80 GB", 79.1, 989, 494, 3.35),
+    "h100-80": _Sheet("H100 SXM 80 GB", 79.1, 989, 494, 3.35, 5),
     # The same: PCIe 756 TFLOP/s, 2.0 TB/s.
-    "h100-pcie": _Sheet("H100 PCIe 80 GB", 79.1, 756, 378, 2.0),
+    "h100-pcie": _Sheet("H100 PCIe 80 GB", 79.1, 756, 378, 2.0, 5),
     # "NVIDIA H200 Tensor Core GPU" data sheet: the H100's rates, 141 GB at 4.8 TB/s.
-    "h200": _Sheet("H200 SXM 141 GB", 139.8, 989, 494, 4.8),
+    "h200": _Sheet("H200 SXM 141 GB", 139.8, 989, 494, 4.8, 5),
     # "NVIDIA B200" in the "DGX B200" data sheet: 36 PFLOP/s of dense bf16 over 16 dies, 8 TB/s.
-    "b200": _Sheet("B200 180 GB", 178.0, 2250, 1100, 8.0),
+    "b200": _Sheet("B200 180 GB", 178.0, 2250, 1100, 8.0, 5),
     # "NVIDIA A100 Tensor Core GPU" data sheet: 312 TFLOP/s; 40 GB at 1.555, 80 GB SXM at 2.039 TB/s.
-    "a100-40": _Sheet("A100 40 GB", 39.4, 312, 156, 1.555),
-    "a100-80": _Sheet("A100 SXM 80 GB", 79.2, 312, 156, 2.039),
+    "a100-40": _Sheet("A100 40 GB", 39.4, 312, 156, 1.555, 4),
+    "a100-80": _Sheet("A100 SXM 80 GB", 79.2, 312, 156, 2.039, 4),
     # "NVIDIA L40S" data sheet: 362 TFLOP/s, 48 GB, 864 GB/s.
-    "l40s": _Sheet("L40S 48 GB", 44.5, 362, 183, 0.864),
+    "l40s": _Sheet("L40S 48 GB", 44.5, 362, 183, 0.864, 4),
     # "NVIDIA L4" data sheet: 121 TFLOP/s (242 with sparsity), 24 GB, 300 GB/s.
-    "l4": _Sheet("L4 24 GB", 22.5, 121, 60, 0.300),
+    "l4": _Sheet("L4 24 GB", 22.5, 121, 60, 0.300, 4),
     # "Ada GPU architecture" whitepaper, table 2: RTX 4090, 165.2 TFLOP/s with fp32 sums, 1008 GB/s.
-    "rtx4090": _Sheet("RTX 4090 24 GB", 23.6, 165, 82, 1.008),
+    "rtx4090": _Sheet("RTX 4090 24 GB", 23.6, 165, 82, 1.008, 4),
     # "NVIDIA Ampere GA102" whitepaper, table 9: RTX 3090, 71 TFLOP/s with fp32 sums, 936 GB/s.
-    "rtx3090": _Sheet("RTX 3090 24 GB", 23.6, 71, 35.6, 0.936),
+    "rtx3090": _Sheet("RTX 3090 24 GB", 23.6, 71, 35.6, 0.936, 4),
     # "RTX Blackwell GPU architecture" whitepaper: RTX 5090, 209.5 TFLOP/s with fp32 sums, 32 GB, 1792 GB/s.
-    "rtx5090": _Sheet("RTX 5090 32 GB", 31.4, 209.5, 104.8, 1.792),
+    "rtx5090": _Sheet("RTX 5090 32 GB", 31.4, 209.5, 104.8, 1.792, 5),
     # Ada whitepaper, table for the RTX 4080: 97.5 TFLOP/s with fp32 sums, 16 GB, 717 GB/s.
-    "16gb": _Sheet("a 16 GB card (as an RTX 4080)", 15.6, 97.5, 48.7, 0.717),
+    "16gb": _Sheet("a 16 GB card (as an RTX 4080)", 15.6, 97.5, 48.7, 0.717, 4),
 }
 
 # Shares of the data sheet that are reached, from published measurements on H100 and H200:
@@ -86,6 +89,8 @@ CUDA_CONTEXT = 0.6e9
 CUDA_SLACK = 0.05
 # A launch costs some 5 microseconds; more than that passes between two of them in eager PyTorch.
 CUDA_CALL = 8e-6
+# Bytes/s that copies from pinned memory reach of the 32 and 64 GB/s of PCIe 4 and 5.
+PCIE = {4: 25e9, 5: 50e9}
 GIB = 2**30
 
 
@@ -112,7 +117,7 @@ def _machine(name: str, memory: float, sheet: _Sheet) -> Machine:
     decode = {"bf16": bandwidth / (17 / 32 + 2), "float32": bandwidth / (17 / 32 + 4)}
     return Machine(
         name=name, kind="cuda", memory=memory, matrix=matrix, attention=attention, bandwidth=bandwidth,
-        decode=decode, call=CUDA_CALL, libraries=CUDA_CONTEXT, slack=CUDA_SLACK,
+        decode=decode, link=PCIE[sheet.pcie], call=CUDA_CALL, libraries=CUDA_CONTEXT, slack=CUDA_SLACK,
         sheet_matrix=sheet.bf16 * 1e12,
     )  # fmt: skip
 

@@ -18,10 +18,18 @@ from finetune.predict.workload import Workload
 
 # finetune/model/experts.py: weights that a group of experts decodes at once on a CPU.
 CPU_GROUP_WEIGHTS = 1 << 22
-# On a GPU: scratch of 0.8 GB for gpt-oss, large enough that a launch does not count.
-CUDA_GROUP_EXPERTS = 16
-# The fullest group of experts has about this many times its share of the rows, with a trained router.
-ROUTING_SKEW = 1.3
+# finetune/model/kernels/budget.py: what a GPU decodes and works on at once takes so many bytes, or this part
+# of what is free; at least one expert, and so many of its rows.
+CUDA_WORK, CUDA_SHARE, CUDA_ROWS = 2 << 30, 4, 1024
+# The fullest group of experts has about this many times its share of the rows.
+ROUTING_SKEW = 1.4
+# With experts in host memory: two buffers of so many packed experts (finetune/model/kernels/stream.py).
+STREAM_BUFFERS, STREAM_EXPERTS = 2, 8
+# NF4, its scales quantised again (bitsandbytes): 4 bits a weight, a byte for 64, a float32 for 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Layers whose activations are on the GPU while those of the others are on the host (torchtune's and TRL's
+# activation offloading).
+OFFLOAD_KEEPS = 5
 # TRL's fused head: tokens and words of one tile of logits (trl/kernels/chunked_logprob.py).
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 # float32 tiles alive at once in its backward without Triton: y, z, log p, p, the gradient, and two of an
@@ -32,7 +40,7 @@ HEAD_TILES = 7.25
 ATTENTION_QUERIES, ATTENTION_BLOCKS = 128, 4
 # Bytes a trained weight: float32 itself and its gradient; two moments, in float32 or in bytes with a float32
 # of scale for 256 of them (bitsandbytes).
-MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 + 4 / 256)}
 
 
 @dataclass(frozen=True)
@@ -64,63 +72,94 @@ class Memory:
 
 def predict_memory(shape: Shape, work: Workload, machine: Machine) -> Memory:
     """The peak of one process; nothing is shared between processes."""
-    trained = shape.lora_weights(work.rank, work.targets)
     on_cpu = machine.kind == "cpu"
-    kept = shape.layers * _kept_of_a_layer(shape, work)
-    layer, scratch, logits = _layer_working(shape, work, on_cpu), _scratch(shape, work, on_cpu), 0.0
-    gradients_before = 4.0 * trained if work.passes > 1 else 0.0
+    trained = shape.lora_weights(work.rank, work.targets)
+    layers = min(shape.layers, OFFLOAD_KEEPS) if work.offloaded and not on_cpu else shape.layers
+    kept = layers * _kept_of_a_layer(shape, work)
+    layer = max(_experts_working(shape, work, on_cpu), _attention_working(shape, work, on_cpu))
+    before = 4.0 * trained if work.passes > 1 else 0.0
     # Moment -> (kept and working activations, gradients, logits).
     moments = {
-        "output head": (kept + _head_rows(shape, work), gradients_before, _head_tiles(shape, work, on_cpu)),
-        "backward of the last layer": (
-            kept + layer,
-            max(gradients_before, 4.0 * trained / shape.layers),
-            0.0,
-        ),
-        "backward of the first layer": (kept / shape.layers + layer, 4.0 * trained, 0.0),
+        "output head": (kept + _head_rows(shape, work), before, _head_tiles(shape, work, on_cpu)),
+        "backward of the last layer": (kept + layer, max(before, 4.0 * trained / shape.layers), 0.0),
+        "backward of the first layer": (kept / layers + layer, 4.0 * trained, 0.0),
     }
     when = max(moments, key=lambda name: sum(moments[name]))
     activations, gradients, logits = moments[when]
+    fixed = {
+        "experts": _experts(shape, work, on_cpu),
+        "dense": _dense(shape, work, on_cpu),
+        "adapter": 4.0 * trained,
+        "optimizer": MOMENTS[work.optimizer] * trained,
+        "libraries": machine.libraries,
+    }
+    allocator = machine.slack * (activations + logits)
+    others = sum(fixed.values()) + activations + gradients + logits + allocator
+    scratch = _cpu_scratch(shape, work) if on_cpu else _cuda_scratch(shape, work, machine.memory - others)
     return Memory(
-        experts=_experts(shape, work),
-        dense=_dense(shape, work, on_cpu),
-        adapter=4.0 * trained,
-        gradients=gradients,
-        optimizer=MOMENTS[work.optimizer] * trained,
-        activations=activations,
-        scratch=scratch,
-        logits=logits,
-        libraries=machine.libraries,
-        allocator=machine.slack * (activations + logits),
-        when=when,
-    )
+        **fixed, gradients=gradients, activations=activations, scratch=scratch, logits=logits,
+        allocator=allocator, when=when,
+    )  # fmt: skip
 
 
-def _experts(shape: Shape, work: Workload) -> float:
-    stored = PACKED_BYTES if shape.packed else 2.0
-    return stored * shape.expert_weights + float(work.bytes * shape.expert_biases)
+def host_bytes(shape: Shape, work: Workload) -> float:
+    """Host memory that a GPU's run takes: experts, embedding and activations that are kept there."""
+    experts = packed_bytes(shape) if work.from_host else 0.0
+    embedding = work.bytes * shape.vocab * shape.hidden if work.nf4 else 0
+    kept = shape.layers * _kept_of_a_layer(shape, work) if work.offloaded else 0.0
+    return experts + embedding + kept
+
+
+def packed_bytes(shape: Shape) -> float:
+    """Of the experts' matrices as they are stored."""
+    return (PACKED_BYTES if shape.packed else 2.0) * shape.expert_weights
+
+
+def _experts(shape: Shape, work: Workload, on_cpu: bool) -> float:
+    stored = packed_bytes(shape)
+    if work.from_host and not on_cpu:
+        experts = shape.layers * shape.experts
+        stored *= min(experts, STREAM_BUFFERS * STREAM_EXPERTS) / experts
+    return stored + float(work.bytes * shape.expert_biases)
 
 
 def _dense(shape: Shape, work: Workload, on_cpu: bool) -> float:
-    """On a CPU, a float32 copy of bf16 leaves the pages it was read from in memory too."""
-    mapped = 2.0 if on_cpu and work.dense == "float32" else 0.0
-    return (work.bytes + mapped) * shape.dense_weights
+    """In NF4 only attention is packed, and the embedding stays on the host."""
+    weights = work.bytes * shape.dense_weights
+    if not work.nf4 or on_cpu:
+        return float(weights)
+    attention = shape.layers * shape.attention_matrix
+    embedding = shape.vocab * shape.hidden
+    return weights - attention * (work.bytes - NF4_BYTES) - work.bytes * embedding
 
 
-def _scratch(shape: Shape, work: Workload, on_cpu: bool) -> float:
-    """Both matrices of a group of experts, and their factors where products are widened by them."""
-    if not shape.packed:
-        return 0.0
-    experts = group_experts(shape, on_cpu)
-    rank = 0 if on_cpu else _padded(work)
-    wide = 2 * shape.intermediate * (shape.hidden + rank) + shape.hidden * (shape.intermediate + rank)
-    return float(experts * wide * work.bytes)
+def _cpu_scratch(shape: Shape, work: Workload) -> float:
+    """Both matrices of a group of experts, and all that has as many rows as the fullest group
+    (finetune/model/cpu.py, `_Backward.group`): in b x, d_out [H], y [2I], and more of I, 8 H + 33 I bytes
+    a row in either dtype."""
+    experts = group_experts(shape)
+    decoded = experts * shape.expert_matrix * work.bytes if shape.packed else 0
+    rows = _rows_of_a_group(shape, work, experts)
+    return decoded + rows * (8 * shape.hidden + 33 * shape.intermediate + 4 * _padded(work) * work.bytes)
 
 
-def group_experts(shape: Shape, on_cpu: bool) -> int:
-    """Experts that are decoded and multiplied at once."""
-    if not on_cpu:
-        return min(shape.experts, CUDA_GROUP_EXPERTS)
+def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:
+    rows = work.tokens * shape.top_k
+    return min(rows, rows * experts / shape.experts * (ROUTING_SKEW if experts < shape.experts else 1.0))
+
+
+def _cuda_scratch(shape: Shape, work: Workload, free: float) -> float:
+    """Experts widened by their factors, and their rows (finetune/model/kernels/wide.py, `_Sizes`)."""
+    h, i, extra = shape.hidden, shape.intermediate, _padded(work) + 8
+    expert = (2 * i * (h + extra) + h * (i + extra)) * work.bytes
+    row = (2 * (h + extra) + 2 * i + 2 * (i + extra) + i + 2 * h) * work.bytes
+    rows = work.tokens * shape.top_k
+    least, most = expert + min(rows, CUDA_ROWS) * row, shape.experts * expert + rows * row
+    return float(min(most, max(least, min(CUDA_WORK, free / CUDA_SHARE))))
+
+
+def group_experts(shape: Shape) -> int:
+    """Experts that a CPU decodes at once."""
     per_expert = 2 * shape.intermediate * shape.hidden
     return min(shape.experts, max(1, CPU_GROUP_WEIGHTS // per_expert))
 
@@ -155,26 +194,18 @@ def _attention_kept(shape: Shape, work: Workload) -> float:
     return float(heads + 4 * t * (2 * shape.hidden + copies))
 
 
-def _layer_working(shape: Shape, work: Workload, on_cpu: bool) -> float:
-    """What comes and goes in the backward of one layer, at its larger half."""
-    return max(_experts_working(shape, work, on_cpu), _attention_working(shape, work, on_cpu))
-
-
 def _experts_working(shape: Shape, work: Workload, on_cpu: bool) -> float:
-    """All rows' gradients of x, one group's rows, and the gradients of the layer's factors."""
-    h, i, b = shape.hidden, shape.intermediate, work.bytes
-    rows = work.tokens * shape.top_k
-    share = group_experts(shape, on_cpu) / shape.experts
-    group = min(rows, rows * share * (ROUTING_SKEW if share < 1 else 1.0))
-    # In b: x, d_out, weighted d_out, d_x [H]; y, d_y, d_hidden, hidden. In float32: y, the activation's four
-    # tensors and three of its gradient.
-    wide = 0 if work.dense == "float32" else 2 * i
-    of_group = group * (b * (4 * h + 7 * i) + 4 * (wide + 7 * i))
-    factors = b * shape.lora_weights(work.rank, work.targets, part="experts") / shape.layers
-    in_groups = rows * h * b + of_group + factors
-    # Forward's end: all rows, the same in the order of tokens, and weighted by their scores.
-    combining = 3 * rows * h * b
-    return float(max(in_groups, combining) + 2 * work.tokens * h * b)
+    """Gradients of the layer's output and input, and of its factors, before they are summed up.
+
+    A CPU sums tokens up in float32 and has factors and their gradients in b; a GPU keeps the gradients of
+    all N rows and of the factors in float32.
+    """
+    t, h, b = work.tokens, shape.hidden, work.bytes
+    rows = t * shape.top_k
+    factors = shape.lora_weights(work.rank, work.targets, part="experts") / shape.layers
+    if on_cpu:
+        return float(2 * t * h * b + 4 * t * h + rows * 40 + factors * (2 * b + (4 if b == 2 else 0)))
+    return float((rows + 2 * t) * h * b + rows * 40 + 4 * factors)
 
 
 def _attention_working(shape: Shape, work: Workload, on_cpu: bool) -> float:

@@ -13,9 +13,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.predict.machines import Machine
-from finetune.predict.memory import ATTENTION_QUERIES, HEAD_TOKENS, HEAD_WORDS, MOMENTS, group_experts
+from finetune.predict.memory import (
+    ATTENTION_QUERIES,
+    HEAD_TOKENS,
+    HEAD_WORDS,
+    MOMENTS,
+    group_experts,
+    packed_bytes,
+)
 from finetune.predict.shape import Shape
 from finetune.predict.workload import Workload
+
+# Experts that the budget of a GPU's scratch decodes at once: 2 GiB with their rows.
+CUDA_GROUP = 16
 
 Limit = Literal["compute", "memory traffic", "host"]
 
@@ -72,6 +82,10 @@ def predict_speed(shape: Shape, work: Workload, machine: Machine) -> Speed:
         ),
         Part("update", _update_bytes(shape, work) / machine.bandwidth, "memory traffic"),
     ]
+    if work.from_host and machine.link:
+        # Every expert comes once forward and once backward, beside what is computed meanwhile.
+        transfer = work.passes * 2 * packed_bytes(shape) / machine.link
+        parts.append(Part("waiting for experts", max(0.0, transfer - sum(p.seconds for p in parts)), "host"))
     host = work.passes * _calls(shape, work, machine) * machine.call
     if machine.kind == "cuda":
         # Launches run ahead of the device: they count only where it waits for them.
@@ -139,6 +153,6 @@ def _update_bytes(shape: Shape, work: Workload) -> float:
 
 def _calls(shape: Shape, work: Workload, machine: Machine) -> float:
     """Operations of a pass: of a layer, of each of its groups of experts, and of the head's tiles."""
-    groups = shape.experts / group_experts(shape, machine.kind == "cpu")
+    groups = shape.experts / (group_experts(shape) if machine.kind == "cpu" else CUDA_GROUP)
     tiles = max(1, work.tokens * work.learned / HEAD_TOKENS) * max(1, shape.vocab / HEAD_WORDS)
     return shape.layers * (250 + 90 * groups) + 40 * tiles
