@@ -165,9 +165,11 @@ class PackedExperts(Experts):
                 parameter.data = pin(parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
-        if self.stream is None:
-            return super()._apply(fn, recurse)
-        return super()._apply(lambda x: x if x.dtype == torch.uint8 else fn(x), recurse)
+        def move(x: Tensor) -> Tensor:
+            return x if self.stream is not None and x.dtype == torch.uint8 else fn(x)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
         packed = [

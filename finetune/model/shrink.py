@@ -49,7 +49,7 @@ def quantise_attention(model: GptOssForCausalLM, dtype: torch.dtype) -> None:
 def keep_embedding_on_host(model: GptOssForCausalLM) -> None:
     """Exchange the embedding for one that does not move."""
     table = model.get_input_embeddings().weight
-    on_host = HostEmbedding(*table.shape, device="meta")
+    on_host = HostEmbedding(table.shape[0], table.shape[1], device="meta")
     on_host.weight = table
     model.set_input_embeddings(on_host)
 

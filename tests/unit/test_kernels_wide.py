@@ -105,7 +105,7 @@ def test_where_memory_runs_out_less_is_worked_on_at_once(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, case = on_gpu_path(make_layer(dtype), dtype), make_case()
-    multiply, most = wide.multiply, 2
+    multiply, most = products.multiply, 2
 
     def scarce(rows: Any, weights: Any, ends: Any) -> Any:
         if weights.shape[0] > most:

@@ -90,7 +90,7 @@ def attend_flex(
     if window not in packing.flex_masks:
         packing.flex_masks[window] = block_mask(packing.starts, window)
     mask = packing.flex_masks[window]
-    flex = _compiled() if query.device.type == "cuda" else flex_attention
+    flex: Callable[..., Any] = _compiled() if query.device.type == "cuda" else flex_attention
     out, aux = flex(
         query, key, value, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
@@ -120,15 +120,23 @@ def flex_is_right(device: torch.device, dtype: torch.dtype) -> bool:
 def _find_difference(device: torch.device, dtype: torch.dtype) -> str:
     """Two documents in a pack, with and without a window; the first result that is off, or nothing."""
     random = torch.Generator().manual_seed(0)
-    shapes = (1, 16, 256, 64), (1, 2, 256, 64), (1, 2, 256, 64), (16,)
-    inputs = [torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype).requires_grad_()
+
+    query, key, value, sinks = (
+        values(1, 16, 256, 64),
+        values(1, 2, 256, 64),
+        values(1, 2, 256, 64),
+        values(16),
+    )
     positions = torch.cat([torch.arange(170), torch.arange(86)]).unsqueeze(0).to(device)
-    d_out = torch.randn(shapes[0], generator=random).to(device, dtype)
+    d_out = values(1, 16, 256, 64).detach()
     for window in (None, 128):
         results = []
         for attend in (attend_flex, attend_by_blocks):
-            out = attend(*inputs, Packing(positions, 128), window, 64**-0.5)
-            results.append([out, *torch.autograd.grad(out, inputs, d_out)])
+            out = attend(query, key, value, sinks, Packing(positions, 128), window, 64**-0.5)
+            results.append([out, *torch.autograd.grad(out, (query, key, value, sinks), d_out)])
         for name, found, expected in zip(("output", "dq", "dk", "dv", "dsinks"), *results, strict=True):
             difference = (found.float() - expected.float()).abs().max()
             # NaN differs from everything.
