@@ -60,19 +60,8 @@ def load_base(
     """The checkpoint's model in evaluation mode, all frozen, its tensors backed by the files' pages."""
     info = inspect_checkpoint(path)
     config = read_model_config(path, dtype)
-    with torch.device("meta"):
-        model = GptOssForCausalLM(config)
-        scratch = Scratch()
-        experts_type = PackedExperts if info.kind == "mxfp4" else DenseExperts
-        for layer in model.model.layers:
-            layer.mlp.experts = experts_type(config, scratch)
-    model.load_state_dict(_map_tensors(info, dtype), assign=True, strict=True)
-    # Its frequencies are computed, not loaded, and came out on the meta device.
-    model.model.rotary_emb = GptOssRotaryEmbedding(config=config)
+    model = assemble(config, _map_tensors(info, dtype), packed=info.kind == "mxfp4")
     model.generation_config = _read_generation_config(path) or model.generation_config
-    use_packed_attention(model)
-    use_selective_recompute(model)
-    model.requires_grad_(False)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if nf4:
         quantise_attention(model, dtype)
@@ -80,6 +69,21 @@ def load_base(
     if experts_on == "host" and device.type != "cpu":
         _keep_experts_on_host(model, info, device)
     return model.to(device).eval()
+
+
+def assemble(config: GptOssConfig, tensors: dict[str, Tensor], *, packed: bool) -> GptOssForCausalLM:
+    """The frozen model of these tensors, named as parameters are, on whatever device they are."""
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+        scratch = Scratch()
+        for layer in model.model.layers:
+            layer.mlp.experts = (PackedExperts if packed else DenseExperts)(config, scratch)
+    model.load_state_dict(tensors, assign=True, strict=True)
+    # Its frequencies are computed, not loaded, and came out on the meta device.
+    model.model.rotary_emb = GptOssRotaryEmbedding(config=config)
+    use_packed_attention(model)
+    use_selective_recompute(model)
+    return model.requires_grad_(False)
 
 
 def _keep_experts_on_host(model: GptOssForCausalLM, info: CheckpointInfo, device: torch.device) -> None:
@@ -92,13 +96,18 @@ def _keep_experts_on_host(model: GptOssForCausalLM, info: CheckpointInfo, device
 
 
 def read_model_config(path: Path, dtype: torch.dtype) -> GptOssConfig:
-    """The checkpoint's configuration as our model wants it: our attention, no quantizer, no router loss."""
+    """The checkpoint's configuration as our model wants it."""
     try:
         config = GptOssConfig.from_pretrained(path)
         GptOssRotaryEmbedding(config=config)  # whose settings are looked at only when it is built
     except Exception as error:  # transformers raises whatever its code meets in a value it does not expect
         sentence = f"transformers cannot use this configuration ({_first_line(error)})"
         raise FinetuneError(sentence, at=str(path / "config.json")) from None
+    return adapt_config(config, dtype)
+
+
+def adapt_config(config: GptOssConfig, dtype: torch.dtype) -> GptOssConfig:
+    """Ask for our attention, no quantizer and no router loss; changes and returns `config`."""
     # transformers would look for its own quantizer; the packed experts are ours.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

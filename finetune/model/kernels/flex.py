@@ -90,7 +90,7 @@ def attend_flex(
     if window not in packing.flex_masks:
         packing.flex_masks[window] = block_mask(packing.starts, window)
     mask = packing.flex_masks[window]
-    flex: Callable[..., Any] = _compiled() if query.device.type == "cuda" else flex_attention
+    flex: Any = _compiled() if query.device.type == "cuda" else flex_attention
     out, aux = flex(
         query, key, value, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
