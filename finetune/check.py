@@ -72,9 +72,13 @@ class CheckReport:
         """Why training would stop, or None."""
         stops = next((found.stop for found in self.data if found.stop), None)
         train = [found for found in self.data if found.key.startswith("data.train.")]
-        if stops or any(found.usable or found.more or found.rows is None for found in train):
+        if stops:
             return stops
-        return f"{train[0].where}: no example is left to learn from; all rows are bad or too long"
+        if not any(found.usable or found.more or found.rows is None for found in train):
+            return f"{train[0].where}: no example is left to learn from; all rows are bad or too long"
+        if self.prediction is None or self.recipe.train.force_memory:
+            return None
+        return self.prediction.shortage
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ from rich.table import Table
 from finetune.check import CheckReport, FoundBase, FoundRows
 from finetune.cli_common import said_bytes
 from finetune.cli_doctor import Diagnosis
-from finetune.predict import Prediction, said_change
+from finetune.predict import Prediction
 from finetune.recipe import dump_recipe
 from finetune.rundir import RunDir
 
@@ -46,8 +46,8 @@ def show_prediction(found: Prediction, console: Console) -> None:
     style = "green" if found.fits else "red"
     table.add_row("peak memory", said_bytes(memory.total), room, style=style)
     console.print(table)
-    if found.change:
-        console.print(f"it does not fit: {said_change(found.change)}", style="red")
+    if found.host_bytes:
+        console.print(f"host memory: {said_bytes(found.host_bytes)} more, for what is not on the GPU")
     share = max(part.seconds for part in speed.parts) / speed.step_seconds
     most = max(speed.parts, key=lambda part: part.seconds).name
     console.print(

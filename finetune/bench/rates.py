@@ -1,29 +1,34 @@
 """What this machine's processor does a second, measured in a moment: `python -m finetune.bench.rates`.
 
-Each rate is the best of a few tries: what else runs on the machine only ever slows one down.
+Products and decoding go through more weights than a cache holds, as training does. A rate is the median of
+some tries.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from finetune.model.mxfp4 import dequantise_mxfp4
 
-TRIES = 4
+TRIES = 5
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-# Large enough to fill the cores, small enough to take some milliseconds.
-ROWS, INPUTS, OUTPUTS = 512, 2048, 2048
-# Larger than any cache.
+# An expert's share of a step, and matrices such as an expert has.
+ROWS, INPUTS, OUTPUTS = 256, 1024, 2048
+# Larger than the caches of a processor's share of cores.
 BYTES = 1 << 26
+# What a group of experts decodes at once (finetune/model/experts.py).
+DECODED = 1 << 22
 
 
-def best(work: Callable[[], object], times: int = 1) -> float:
-    """Seconds that `work` takes at best, of runs of `times` calls."""
+def median_seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds that `work` takes, in runs of `times` calls."""
     work()
     seconds = []
     for _ in range(TRIES):
@@ -31,11 +36,11 @@ def best(work: Callable[[], object], times: int = 1) -> float:
         for _ in range(times):
             work()
         seconds.append((time.perf_counter() - began) / times)
-    return min(seconds)
+    return statistics.median(seconds)
 
 
 def measure() -> dict[str, object]:
-    """Rates of products (FLOP/s), memory (bytes/s), decoding (weights/s) and a small operation (s)."""
+    """Rates of products and attention (FLOP/s), memory (bytes/s), decoding (weights/s); seconds of a call."""
     torch.manual_seed(0)
     return {
         "processor": _processor(),
@@ -45,50 +50,59 @@ def measure() -> dict[str, object]:
         "bandwidth": _bandwidth(),
         "fresh": _fresh(),
         "decode": {name: _decode(dtype) for name, dtype in DTYPES.items()},
-        "call": _call(),
+        "call": {name: _call(dtype) for name, dtype in DTYPES.items()},
     }
 
 
 def _matrix(dtype: torch.dtype) -> float:
-    rows, weights = torch.randn(ROWS, INPUTS, dtype=dtype), torch.randn(OUTPUTS, INPUTS, dtype=dtype)
-    out = torch.empty(ROWS, OUTPUTS, dtype=dtype)
-    return 2 * ROWS * INPUTS * OUTPUTS / best(lambda: torch.mm(rows, weights.t(), out=out))
+    """Forward, and back to the gradient of the rows."""
+    count = max(2, BYTES // (INPUTS * OUTPUTS * dtype.itemsize))
+    weights = cycle([torch.randn(OUTPUTS, INPUTS, dtype=dtype) for _ in range(count)])
+    rows, out = torch.randn(ROWS, INPUTS, dtype=dtype), torch.empty(ROWS, OUTPUTS, dtype=dtype)
+    back = torch.empty_like(rows)
+
+    def there_and_back() -> None:
+        matrix = next(weights)
+        torch.mm(rows, matrix.t(), out=out)
+        torch.mm(out, matrix, out=back)
+
+    return 4 * ROWS * INPUTS * OUTPUTS / median_seconds(there_and_back, times=4)
 
 
 def _attention(dtype: torch.dtype) -> float:
-    """Scores of a block of queries: a product, its float32 copy, mask, exponential, and a product again."""
-    heads, group, keys, size = 8, 512, 1024, 64
-    query = torch.randn(1, heads, group, size, dtype=dtype)
+    """Scores of a block of queries: a product, float32, mask, exponential, and a product again."""
+    heads, queries, keys, size = 4, 512, 512, 64
+    query = torch.randn(1, heads, queries, size, dtype=dtype)
     key = torch.randn(1, heads, keys, size, dtype=dtype)
-    hidden = torch.zeros(group, keys, dtype=torch.bool)
+    hidden = torch.zeros(queries, keys, dtype=torch.bool)
 
     def block() -> torch.Tensor:
         scores = (query @ key.transpose(-1, -2)).float().mul_(0.125).masked_fill_(hidden, -1.0)
         return scores.sub_(scores.logsumexp(-1, keepdim=True)).exp_().to(dtype) @ key
 
-    return 2 * 2 * heads * group * keys * size / best(block)
+    return 4 * heads * queries * keys * size / median_seconds(block, times=4)
 
 
 def _bandwidth() -> float:
     values = torch.ones(BYTES // 4)
-    return 2 * BYTES / best(lambda: values.mul_(1.0))
+    return 2 * BYTES / median_seconds(lambda: values.mul_(1.0))
 
 
 def _fresh() -> float:
-    return BYTES / best(lambda: torch.empty(BYTES // 4).fill_(1.0))
+    return BYTES / median_seconds(lambda: torch.empty(BYTES // 4).fill_(1.0))
 
 
 def _decode(dtype: torch.dtype) -> float:
-    out_features, in_blocks = 1024, 64
-    blocks = torch.randint(0, 256, (1, out_features, in_blocks, 16), dtype=torch.uint8)
-    scales = torch.randint(120, 128, (1, out_features, in_blocks), dtype=torch.uint8)
-    out = torch.empty(1, out_features, in_blocks * 32, dtype=dtype)
-    return out.numel() / best(lambda: dequantise_mxfp4(blocks, scales, dtype, out=out))
+    blocks = cycle([torch.randint(0, 256, (1, 1, DECODED // 32, 16), dtype=torch.uint8) for _ in range(8)])
+    scales = torch.randint(120, 128, (1, 1, DECODED // 32), dtype=torch.uint8)
+    out = torch.empty(1, 1, DECODED, dtype=dtype)
+    return DECODED / median_seconds(lambda: dequantise_mxfp4(next(blocks), scales, dtype, out=out), times=2)
 
 
-def _call() -> float:
-    small = torch.ones(8)
-    return best(lambda: small.add_(1.0), times=1000)
+def _call(dtype: torch.dtype) -> float:
+    rows, out = torch.ones(8, 32, dtype=dtype), torch.empty(8, 32, dtype=dtype)
+    matrix = torch.ones(32, 32, dtype=dtype)
+    return median_seconds(lambda: torch.mm(rows, matrix, out=out), times=300)
 
 
 def _processor() -> str:

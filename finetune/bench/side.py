@@ -25,7 +25,9 @@ from finetune.model import load_adapter, load_base
 from finetune.model.attention import NAME as PACKED_ATTENTION
 from finetune.model.attention import use_packed_attention
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
+}  # fmt: skip
 GIB = 2**30
 
 

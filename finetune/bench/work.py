@@ -29,7 +29,7 @@ class Work:
     warm_up: int
     routing: Routing
     checkpointing: bool
-    optimizer: Literal["adamw", "adamw_8bit"]
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
     threads: int = 0
 
     def write(self, file: Path) -> None:

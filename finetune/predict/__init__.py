@@ -27,8 +27,8 @@ from finetune.recipe import Recipe
 
 __all__ = [
     "RELEASED", "Change", "Lengths", "Machine", "Memory", "Prediction", "Sample", "Shape", "Speed",
-    "Workload", "gpu", "predict", "predict_memory", "predict_speed", "require_memory", "said_change",
-    "smallest_change", "this_machine",
+    "Workload", "gpu", "predict", "predict_memory", "predict_speed", "require_memory", "smallest_change",
+    "this_machine",
 ]  # fmt: skip
 
 
@@ -48,6 +48,14 @@ class Prediction:
     @property
     def fits(self) -> bool:
         return self.memory.total <= self.machine.memory
+
+    @property
+    def shortage(self) -> str | None:
+        """What is wrong and what to change, as a sentence, where it does not fit."""
+        if self.fits:
+            return None
+        assert self.change is not None
+        return said_shortage(self.memory.total, self.machine, self.change)
 
     @property
     def cost(self) -> float | None:
@@ -102,21 +110,22 @@ def require_memory(recipe: Recipe, shape: Shape, sample: Sample | None) -> None:
     if need <= machine.memory:
         return
     change = smallest_change(recipe, lambda other: _need(other, shape, machine, sample), machine.memory)
-    sentence = f"training takes {need / 1e9:.1f} GB at its peak, and {machine.name} has"
-    raise FinetuneError(
-        f"{sentence} {machine.memory / 1e9:.1f} GB free: {said_change(change)}; "
-        "train.force_memory=true tries it all the same"
-    )
+    raise FinetuneError(said_shortage(need, machine, change))
 
 
-def said_change(change: Change) -> str:
-    """What to change, as a part of a sentence."""
+def said_shortage(need: float, machine: Machine, change: Change) -> str:
+    """What is wrong and what to change, in one sentence."""
     words = " ".join(change.overrides)
     if change.enough:
-        return f"{words} would make it fit, with {change.bytes / 1e9:.1f} GB"
-    if words:
-        return f"even {words} would take {change.bytes / 1e9:.1f} GB"
-    return "no setting makes it smaller"
+        advice = f"{words} would make it fit, with {change.bytes / 1e9:.1f} GB"
+    elif words:
+        advice = f"even {words} would take {change.bytes / 1e9:.1f} GB"
+    else:
+        advice = "no setting makes it smaller"
+    return (
+        f"training takes {need / 1e9:.1f} GB at its peak, and {machine.name} has "
+        f"{machine.memory / 1e9:.1f} GB: {advice}; train.force_memory=true tries it all the same"
+    )
 
 
 def _need(recipe: Recipe, shape: Shape, machine: Machine, sample: Sample | None) -> float:

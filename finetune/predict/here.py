@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def memory_here() -> Machine:
 def _machine(name: str, kind: str, memory: float, libraries: float, slack: float) -> Machine:
     """One whose rates are not asked for."""
     return Machine(
-        name=name, kind=kind, memory=memory, matrix={}, attention={}, bandwidth=0.0, decode={}, call=0.0,
+        name=name, kind=kind, memory=memory, matrix={}, attention={}, bandwidth=0.0, decode={}, call={},
         libraries=libraries, slack=slack,
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ def this_machine() -> Machine:
     machine = found_gpu(device["name"], device["memory"])
     if machine is None:
         raise FinetuneError(f"the rates of {device['name']} are not known; --gpu names one to predict for")
-    return machine
+    return replace(machine, memory=device["free"])
 
 
 def first_gpu() -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ class Machine:
     """`memory` in bytes; `matrix` in FLOP/s by dtype and `bandwidth` in bytes/s, as reached in practice.
 
     `decode`: weights/s from MXFP4 into each dtype; `fresh`: bytes/s of writing to memory never used before,
-    0 where an allocator of its own keeps it; `call`: seconds that one operation costs however small.
+    0 where an allocator of its own keeps it; `call`: seconds that a product costs however small.
     `libraries`: bytes in use before a model is loaded; `slack`: the share of what comes and goes that an
     allocator holds on to; `link`: bytes/s from host memory. `sheet_matrix`: the data sheet's FLOP/s in bf16.
     """
@@ -25,7 +25,7 @@ class Machine:
     attention: dict[str, float]
     bandwidth: float
     decode: dict[str, float]
-    call: float
+    call: dict[str, float]
     libraries: float
     slack: float
     fresh: float = 0.0
@@ -117,8 +117,8 @@ def _machine(name: str, memory: float, sheet: _Sheet) -> Machine:
     decode = {"bf16": bandwidth / (17 / 32 + 2), "float32": bandwidth / (17 / 32 + 4)}
     return Machine(
         name=name, kind="cuda", memory=memory, matrix=matrix, attention=attention, bandwidth=bandwidth,
-        decode=decode, link=PCIE[sheet.pcie], call=CUDA_CALL, libraries=CUDA_CONTEXT, slack=CUDA_SLACK,
-        sheet_matrix=sheet.bf16 * 1e12,
+        decode=decode, link=PCIE[sheet.pcie], call=dict.fromkeys(matrix, CUDA_CALL),
+        libraries=CUDA_CONTEXT, slack=CUDA_SLACK, sheet_matrix=sheet.bf16 * 1e12,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def predict_speed(shape: Shape, work: Workload, machine: Machine) -> Speed:
         # Every expert comes once forward and once backward, beside what is computed meanwhile.
         transfer = work.passes * 2 * packed_bytes(shape) / machine.link
         parts.append(Part("waiting for experts", max(0.0, transfer - sum(p.seconds for p in parts)), "host"))
-    host = work.passes * _calls(shape, work, machine) * machine.call
+    host = work.passes * _calls(shape, work, machine) * machine.call[work.dense]
     if machine.kind == "cuda":
         # Launches run ahead of the device: they count only where it waits for them.
         host = max(0.0, host - sum(part.seconds for part in parts))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from finetune.cli import app
 from tests.mistakes import MISTAKES, Mistake
+from tests.mistakes_of_size import MISTAKES_OF_SIZE
 from tests.train_helpers import write_project
 
 STARTED = "training was started"
@@ -23,7 +24,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "mistake", MISTAKES, ids=lambda mistake: f"{mistake.title}, {mistake.words[0]}".replace(" ", "-")
+    "mistake",
+    [*MISTAKES, *MISTAKES_OF_SIZE],
+    ids=lambda mistake: f"{mistake.title}, {mistake.words[0]}".replace(" ", "-"),
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake
