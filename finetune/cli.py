@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from finetune.cli_bench import bench
 from finetune.cli_common import Debug, Json, Overrides, command
 from finetune.cli_export import export, import_, verify
+from finetune.cli_report import report
 from finetune.cli_serve import serve
 
 app = typer.Typer(
@@ -272,6 +273,7 @@ app.command()(verify)
 app.command("import")(import_)
 app.command()(bench)
 app.command()(serve)
+app.command()(report)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune.errors import sentence_of
+from finetune.said import said_bytes as said_bytes  # for the commands
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
@@ -72,12 +73,3 @@ class Output:
 @contextmanager
 def _as_is() -> Iterator[None]:
     yield
-
-
-def said_bytes(count: float) -> str:
-    """Bytes as people say them: 13.8 GB, 6.1 MB, 512 B."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -210,3 +210,15 @@ def test_every_field_has_a_name_and_nothing_is_wider_than_a_phone(tmp_path: Path
         assert phone.execute_script("return document.documentElement.scrollWidth") <= 360
         fields = phone.find_elements("css selector", "main select, footer input, footer textarea")
         assert fields and all(field.accessible_name for field in fields)
+
+
+def test_a_report_opens_without_complaint_and_fits_a_phone(tmp_path: Path) -> None:
+    from finetune.report import write_report
+    from tests.unit.test_report import finish, new_run
+
+    run = new_run(tmp_path)
+    finish(run)
+    with browser(tmp_path / "profile", width=360, height=740) as phone:
+        phone.get(f"file://{write_report(run.path)}")
+        assert phone.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert len(phone.find_elements("css selector", "figure svg")) == 2 and complaints(phone) == []

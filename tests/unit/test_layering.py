@@ -14,9 +14,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py")])
 
 # What each part may import of finetune. Stages know nothing of each other: they meet in the run directory.
-BELOW_STAGES = {"errors", "manifest", "probe", "recipe", "rundir", "chat", "data", "model"}
+BELOW_STAGES = {"errors", "said", "manifest", "probe", "recipe", "rundir", "chat", "data", "model"}
 ALLOWED = {
     "errors": set[str](),
+    "said": set[str](),
     "manifest": {"errors"},
     "probe": {"errors", "chat"},
     "chat": {"errors"},
@@ -28,6 +29,7 @@ ALLOWED = {
     "evaluate": BELOW_STAGES,
     "export": BELOW_STAGES,
     "serve": BELOW_STAGES,
+    "report": BELOW_STAGES,
     "predict": BELOW_STAGES - {"rundir"},
     "bench": BELOW_STAGES | {"predict"},
     # Makes the bundled model: a user of every stage.
@@ -35,7 +37,7 @@ ALLOWED = {
 }
 ENTRY_POINTS = {"__init__", "cli", "check", "pipeline", "train/__main__"}
 # Imported at the start of every command, so what they import at once must load in a moment.
-LIGHT = {"__init__", "cli", "check", "recipe", "errors", "rundir", "chat", "predict"}
+LIGHT = {"__init__", "cli", "said", "check", "recipe", "errors", "rundir", "chat", "predict"}
 HEAVY = {
     "torch",
     "transformers",
