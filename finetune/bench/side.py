@@ -39,7 +39,7 @@ def run(side: Side, work: Work, gradients: Path) -> Measured:
     libraries = resident_gib("VmRSS")
     model = _model(side, work)
     if work.routing == "balanced":
-        _balance(model)
+        balance(model)
     loading = _peak_gb(cuda)
     _forget(cuda)
     clock = _Clock(gradients, cuda)
@@ -97,7 +97,7 @@ def _unsloth_model(checkpoint: Path, work: Work) -> Any:
     )
 
 
-def _balance(model: nn.Module) -> None:
+def balance(model: nn.Module) -> None:
     """Give every expert as many tokens as any other: token t goes to the k experts from t * k on.
 
     Scores stay those of the router for these experts, so that its gradient flows as it would.
