@@ -80,7 +80,8 @@ def _check_words(to: str, calibrate: str | Path | None, dense: str) -> None:
         raise FinetuneError(f"{to} keeps its dense tensors in bf16; only gguf can have them in {dense}")
 
 
-# Writes the format's own files to a folder; returns the proof's figures and the card's section on use.
+# Writes the format's own files to a folder; returns the proof's figures and the card's section on use. Under
+# `sha256` are sums of files that were taken while writing them.
 Write = Callable[[Path], tuple[dict[str, Any], str]]
 
 
@@ -96,7 +97,8 @@ def _export(subject: Subject, to: str, out: Path, write: Write, *, force: bool) 
         copy_companions(subject.base.path, folder)
         card = model_card(subject, use, whole=to not in OF_AN_ADAPTER, proof=proof)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        return write_manifest(folder, {**facts, "proof": proof})
+        sums = proof.pop("sha256", {})
+        return write_manifest(folder, {**facts, "proof": proof}, sums)
 
 
 def _write(

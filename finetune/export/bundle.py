@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,16 @@ def copy_companions(base: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write finetune_export.json: the facts, and the sha256 of every other file of the folder."""
+def write_manifest(
+    folder: Path, facts: dict[str, Any], known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write finetune_export.json: the facts, and the sha256 of every other file of the folder.
+
+    `known` are sums of files that were taken while writing them.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest = {**facts, "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files}}
+    names = [(path.relative_to(folder).as_posix(), path) for path in files]
+    sums = {name: (known or {}).get(name) or sha256(path) for name, path in names}
+    manifest = {**facts, "files": sums}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest

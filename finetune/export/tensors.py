@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -95,6 +98,50 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     return view
+
+
+class Background:
+    """Writes to a file and sums up what it writes, in threads of their own, while the next piece is made."""
+
+    # Pieces that may wait: with more, memory grows where the disk is slow.
+    WAITING = 4
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._digest = stream, hashlib.sha256()
+        self._writing, self._summing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[int], Future[None]]] = deque()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Hand over bytes, which must not change any more; returns how many.
+
+        Raises:
+            OSError: of this write or an earlier one.
+        """
+        if len(self._waiting) >= self.WAITING:
+            self._wait_for_one()
+        tasks = (
+            self._writing.submit(self._stream.write, content),
+            self._summing.submit(self._digest.update, content),
+        )
+        self._waiting.append(tasks)
+        return len(content)
+
+    def sha256(self) -> str:
+        """The sum of all that has been handed over; raises what writing it raised."""
+        while self._waiting:
+            self._wait_for_one()
+        return self._digest.hexdigest()
+
+    def _wait_for_one(self) -> None:
+        for task in self._waiting.popleft():
+            task.result()
+
+    def __exit__(self, *_: object) -> None:
+        for thread in (self._writing, self._summing):
+            thread.shutdown(cancel_futures=True)
 
 
 def write_tensor(file: BinaryIO, planned: Planned) -> None:
