@@ -110,7 +110,7 @@ def test_a_side_that_fails_is_told_and_the_other_is_kept(
         return type("Done", (), {"returncode": 0 if side == "finetune" else -9, "stderr": ""})
 
     monkeypatch.setattr(compare, "this_machine", lambda: gpu("l4"))
-    monkeypatch.setattr(compare.subprocess, "run", side_of)
+    monkeypatch.setattr("finetune.bench.compare.subprocess.run", side_of)
     figures = bench(RECIPE, ["trl"], steps=3, routings=("natural",), config=TINY)
     ours = figures["natural"]["finetune"]
     assert ours["tokens_per_second"] == pytest.approx(64 / 0.5)

@@ -20,6 +20,7 @@ from finetune.predict.machines import found_gpu
 from finetune.predict.speed import useful_flops
 from finetune.recipe import Recipe
 from tests.checkpoints import NANO, write_random_checkpoint
+from tests.measure.hardware_table import table
 
 RECIPE = Recipe.model_validate(
     {"name": "r", "model": {"base": "openai/gpt-oss-20b"}, "data": {"train": [{"path": "rows.jsonl"}]}}
@@ -148,3 +149,8 @@ def test_advice_makes_it_fit_and_less_would_not(name: str) -> None:
 def test_nothing_is_advised_where_it_fits() -> None:
     found = predict(RECIPE, SMALL, gpu("h200"))
     assert found.fits and found.change is None and found.steps is None and found.cost is None
+
+
+def test_the_readme_shows_what_is_predicted() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in text, "python -m tests.measure.hardware_table prints it anew"
