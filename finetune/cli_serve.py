@@ -70,36 +70,30 @@ def serve(
     """
     with command(as_json, debug, libraries=True) as output:
         adapters = _named(adapter or [])
+
+        def ready(url: str, models: list[str]) -> None:
+            if as_json:
+                output.json({"url": url, "models": models})
+            elif engine == "local":
+                typer.echo(_welcome(url, models, ui))
+
         if engine != "local":
             if ui or dtype or cache_gb:
                 raise FinetuneError("--ui, --dtype and --cache-gb are settings of --engine local")
-            from finetune.serve.launch import launch
+            from finetune.serve.launch import Address, launch
 
-            status = launch(
-                where,
-                engine,
-                adapters=adapters,
-                host=host,
-                port=port,
-                api_key=api_key,
-                context=context,
-                base=base,
-                print_only=print_only,
-                emit=typer.echo,
+            address = Address(host, port, api_key, context)
+            raise typer.Exit(
+                launch(
+                    where, engine, address, adapters=adapters, base=base, print_only=print_only, ready=ready
+                )
             )
-            raise typer.Exit(status)
         if base or print_only:
             raise FinetuneError(
                 "--base and --print are settings of the other engines; choose one with --engine"
             )
         from finetune.serve.limits import Limits
         from finetune.serve.server import serve as run
-
-        def ready(url: str, models: list[str]) -> None:
-            if as_json:
-                output.json({"url": url, "models": models})
-            else:
-                typer.echo(_welcome(url, models, ui))
 
         run(
             where,

@@ -15,9 +15,10 @@ from finetune.model.places import NANO
 from finetune.probe import read_probes
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
-from finetune.serve.launch import commands, launch
+from finetune.serve.launch import Address, commands, launch
 from tests.export_kit import write_adapter
 
+ADDRESS = Address(port=0, context=512)
 ROWS = [
     {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
     for text in ("5 + 14 = ?", "What is 8 times 7?", "Smallest number in 5, 89, 8, 11?", "Say hello.")
@@ -51,9 +52,7 @@ def serve(export_dir: Path, base: Path) -> list[str]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch(
-            str(export_dir), "llama.cpp", port=0, context=512, base=str(base), emit=said.append, ready=ready
-        )
+        launch(str(export_dir), "llama.cpp", ADDRESS, base=str(base), emit=said.append, ready=ready)
     return said
 
 
@@ -72,4 +71,4 @@ def test_the_base_in_the_adapters_place_is_found_out(run: Path, tmp_path: Path) 
     tuned = json.loads((run / "export" / "gguf-lora" / MANIFEST).read_text())
     (forged / MANIFEST).write_text(json.dumps({**record, "source": tuned["source"], "probe": tuned["probe"]}))
     with pytest.raises(FinetuneError, match="the adapter is not in effect"):
-        launch(str(forged), "llama.cpp", port=0, context=512, emit=print)
+        launch(str(forged), "llama.cpp", ADDRESS, emit=print)

@@ -28,6 +28,7 @@ from rich.table import Table
 from tests.checkpoints import write_random_checkpoint
 from tests.measure.conditions import record
 from tests.mistakes import GOOD, MISTAKES, Mistake, file, rows
+from tests.mistakes_of_serving import MISTAKES_OF_SERVING
 from tests.mistakes_of_size import MISTAKES_OF_SIZE
 from tests.train_helpers import write_project
 
@@ -210,7 +211,7 @@ def outcomes(clean: Path, trained: Path, only: str) -> Iterator[Outcome]:
     def wanted(mistakes: Sequence[Mistake]) -> list[Mistake]:
         return [mistake for mistake in mistakes if only in mistake.title]
 
-    for mistake in wanted([*MISTAKES, *MISTAKES_OF_SIZE]):
+    for mistake in wanted([*MISTAKES, *MISTAKES_OF_SIZE, *MISTAKES_OF_SERVING]):
         with copy(clean) as project:
             mistake.spoil(project)
             yield run(mistake, project)

@@ -11,13 +11,13 @@ import pytest
 
 from finetune.errors import FinetuneError
 from finetune.serve.launch import commands
-from finetune.serve.launch.commands import Gpus, Where, build_command, gpus_needed
+from finetune.serve.launch.commands import Address, Gpus, build_command, gpus_needed
 from finetune.serve.launch.target import FORMATS, Engine, Target, find_target
 from tests.export_kit import write_base
 from tests.launch_kit import write_export
 
 FLAGS = json.loads((Path(__file__).resolve().parents[1] / "engine_flags.json").read_text())
-ADDRESS = Where("127.0.0.1", 8000)
+ADDRESS = Address()
 
 
 def target(**fields: Any) -> Target:
@@ -45,8 +45,8 @@ def test_every_flag_and_choice_is_one_that_the_engines_own_parser_has(
     monkeypatch.setattr("shutil.which", lambda name, path=None: program)
     monkeypatch.setattr(commands, "_llama_python_is_here", lambda: True)
     adapters = {"mine": Path("a"), "other": Path("b")} if tuned else {}
-    where = Where("0.0.0.0", 8001, 4096, with_key=True)
-    command = build_command(engine, target(adapters=adapters, rank=3), where, Gpus(4, 8 * 10**9))
+    address = Address("0.0.0.0", 8001, "secret", 4096)
+    command = build_command(engine, target(adapters=adapters, rank=3), address, Gpus(4, 8 * 10**9))
     known = FLAGS[engine if engine != "llama.cpp" else "llama-server" if program else "llama_cpp.server"]
     flags = [word for word in command.words if word.startswith("--")]
     assert flags and set(flags) <= set(known["flags"])
@@ -98,7 +98,7 @@ def test_as_many_gpus_as_the_weights_need(size: int | None, gpus: Gpus, needed: 
 
 @pytest.mark.parametrize("engine", get_args(Engine))
 def test_a_key_is_named_in_the_command_for_a_shell_and_never_spelled_out(engine: Engine) -> None:
-    command = build_command(engine, target(), Where("0.0.0.0", 1, with_key=True), Gpus())
+    command = build_command(engine, target(), Address("0.0.0.0", 1, "secret"), Gpus())
     assert '"$FINETUNE_API_KEY"' in command.shown(with_key=True)
     assert "FINETUNE_API_KEY" not in build_command(engine, target(), ADDRESS, Gpus()).shown(with_key=False)
 

@@ -12,7 +12,7 @@ import pytest
 from finetune.errors import FinetuneError
 from finetune.manifest import MANIFEST
 from finetune.probe import Probe, read_probes
-from finetune.serve.launch import commands, launch, process, prove
+from finetune.serve.launch import Address, commands, launch, process, prove
 from finetune.serve.launch.commands import Gpus
 from tests.launch_kit import PROBE, write_engine, write_export
 
@@ -36,7 +36,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            launch(str(export), "vllm", port=0, api_key=api_key, emit=said.append, ready=ready)
+            launch(str(export), "vllm", Address(port=0, key=api_key), emit=said.append, ready=ready)
         return said
 
     return run
@@ -80,14 +80,14 @@ def test_without_the_engine_the_command_is_printed_all_the_same(
     export = write_export(tmp_path / "mine", "adapter")
     said: list[str] = []
     with pytest.raises(FinetuneError, match="vLLM is not installed here"):
-        launch(str(export), "vllm", emit=said.append)
+        launch(str(export), "vllm", Address(), emit=said.append)
     assert said[0].startswith("vllm serve ")
-    assert launch(str(export), "vllm", print_only=True, emit=said.append) == 0
+    assert launch(str(export), "vllm", Address(), print_only=True, emit=said.append) == 0
 
 
 def test_a_bind_beyond_this_machine_takes_a_key(tmp_path: Path) -> None:
     with pytest.raises(FinetuneError, match="--api-key"):
-        launch(str(tmp_path), "vllm", host="0.0.0.0")
+        launch(str(tmp_path), "vllm", Address("0.0.0.0"))
 
 
 @pytest.mark.parametrize(

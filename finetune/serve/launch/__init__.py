@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from finetune.errors import FinetuneError, writing
 from finetune.manifest import MANIFEST
 from finetune.probe import Probe, read_probes
-from finetune.serve.launch.commands import KEY, Gpus, Where, build_command
+from finetune.serve.launch.commands import Address, Gpus, build_command
 from finetune.serve.launch.process import complete, running
 from finetune.serve.launch.target import Engine, Target, find_target
+from finetune.serve.server import listen, require_key
 
-__all__ = ["launch"]
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
+__all__ = ["Address", "launch"]
 
 
 def launch(
     where: str,
     engine: str,
+    address: Address,
     *,
     adapters: Mapping[str, Path] | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    context: int | None = None,
     base: str | None = None,
     print_only: bool = False,
     emit: Callable[[str], None] = print,
@@ -39,22 +34,22 @@ def launch(
     """Serve `where` (a run, an export, a model) with another engine until that ends; its exit status.
 
     `emit` is told the command, and once the engine answers, its address and what the probes said; after
-    that `ready` gets the address and the names to ask for. `port` 0 takes any free one.
+    that `ready` gets the address and the names to ask for. Port 0 takes any free one.
 
     Raises:
         FinetuneError: the engine cannot load this export, is not installed, does not start, or answers as
-            the base does.
+            the base does; the port is taken, or others than this machine could ask without a key.
     """
     if engine not in get_args(Engine):
         raise FinetuneError(f"there is no engine {engine!r}; known are local, {', '.join(get_args(Engine))}")
-    if host not in LOCAL and api_key is None:
-        raise FinetuneError(f"listening on {host} is open to others; give --api-key or set {KEY}")
-    if port == 0:
-        port = _free_port(host)
-    target = find_target(where, cast(Engine, engine), base=base, adapters=adapters)
-    place = Where(host, port, context, with_key=api_key is not None)
-    command = build_command(cast(Engine, engine), target, place, Gpus.here())
-    emit(command.shown(with_key=api_key is not None))
+    chosen = cast(Engine, engine)
+    require_key(address.host, address.key)
+    target = find_target(where, chosen, base=base, adapters=adapters)
+    if not print_only:
+        with listen(address.host, address.port) as free:
+            address = replace(address, port=free.getsockname()[1])
+    command = build_command(chosen, target, address, Gpus.here())
+    emit(command.shown(with_key=address.key is not None))
     if print_only:
         return 0
     if not command.installed:
@@ -62,21 +57,15 @@ def launch(
             f"{command.program} is not installed here ({command.install}); the command above runs where it is"
         )
     probes = probes_of(target)
-    # A server that listens on every address is asked on this machine's own.
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-    with running(command, api_key) as process:
-        process.wait_until_healthy(url + command.health)
-        emit(f"ready at {url}: ask for the model {command.model!r}")
-        emit(prove(probes, lambda probe: complete(url, command.model, probe.prompt, probe.tokens, api_key)))
+    with running(command, address.key) as process:
+        process.wait_until_healthy(address.url + command.health)
+        emit(f"ready at {address.url}: ask for the model {command.model!r}")
+        emit(
+            prove(probes, lambda one: complete(address, command.model, one.prompt, one.tokens)),
+        )
         if ready:
-            ready(url, [command.model, *(name for name in target.adapters if name != target.name)])
+            ready(address.url, [command.model, *(name for name in target.adapters if name != target.name)])
         return process.wait()
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def prove(probes: list[Probe], ask: Callable[[Probe], str]) -> str:

@@ -9,7 +9,7 @@ import importlib.util
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import FinetuneError
@@ -65,36 +65,42 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Where:
-    """The address to listen on, and the longest context in tokens (None: as the engine does)."""
+class Address:
+    """Where to listen, the key that clients send, and the longest context in tokens (None: the engine's)."""
 
-    host: str
-    port: int
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = field(default=None, repr=False)
     context: int | None = None
-    with_key: bool = False
+
+    @property
+    def url(self) -> str:
+        """As this machine asks it: a server that listens on every address is found on its own."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-def build_command(engine: Engine, target: Target, where: Where, gpus: Gpus) -> Command:
+def build_command(engine: Engine, target: Target, address: Address, gpus: Gpus) -> Command:
     """The engine's command for this target and machine.
 
     Raises:
         FinetuneError: the adapter's rank is more than the engine takes.
     """
     if engine == "vllm":
-        return _vllm(target, where, gpus)
+        return _vllm(target, address, gpus)
     if engine == "sglang":
-        return _sglang(target, where, gpus)
-    return _llama_server(target, where, gpus) or _llama_python(target, where, gpus)
+        return _sglang(target, address, gpus)
+    return _llama_server(target, address, gpus) or _llama_python(target, address, gpus)
 
 
-def _vllm(target: Target, where: Where, gpus: Gpus) -> Command:
+def _vllm(target: Target, address: Address, gpus: Gpus) -> Command:
     served = target.base_name if target.adapters else target.name
     words = ["vllm", "serve", target.model, "--served-model-name", served]
-    words += ["--host", where.host, "--port", str(where.port)]
+    words += ["--host", address.host, "--port", str(address.port)]
     words += ["--reasoning-parser", "openai_gptoss"]
     words += ["--tool-call-parser", "openai", "--enable-auto-tool-choice"]
-    if where.context:
-        words += ["--max-model-len", str(where.context)]
+    if address.context:
+        words += ["--max-model-len", str(address.context)]
     if (needed := gpus_needed(target, gpus)) > 1:
         words += ["--tensor-parallel-size", str(needed)]
     if target.adapters:
@@ -113,13 +119,13 @@ def _vllm(target: Target, where: Where, gpus: Gpus) -> Command:
                    _find("vllm") is not None)  # fmt: skip
 
 
-def _sglang(target: Target, where: Where, gpus: Gpus) -> Command:
+def _sglang(target: Target, address: Address, gpus: Gpus) -> Command:
     served = target.base_name if target.adapters else target.name
     words = ["python", "-m", "sglang.launch_server", "--model-path", target.model]
-    words += ["--served-model-name", served, "--host", where.host, "--port", str(where.port)]
+    words += ["--served-model-name", served, "--host", address.host, "--port", str(address.port)]
     words += ["--reasoning-parser", "gpt-oss", "--tool-call-parser", "gpt-oss"]
-    if where.context:
-        words += ["--context-length", str(where.context)]
+    if address.context:
+        words += ["--context-length", str(address.context)]
     if (needed := gpus_needed(target, gpus)) > 1:
         words += ["--tensor-parallel-size", str(needed)]
     if target.adapters:
@@ -127,7 +133,7 @@ def _sglang(target: Target, where: Where, gpus: Gpus) -> Command:
         # Left to itself it takes triton_kernels for a bf16 gpt-oss, which has no LoRA for experts.
         words += ["--moe-runner-backend", "triton"]
         words += ["--lora-paths", *(f"{name}={path.resolve()}" for name, path in target.adapters.items())]
-    if where.with_key:
+    if address.key is not None:
         words += ["--api-key", f"${KEY}"]
     # SGLang looks adapters up behind a colon.
     model = f"{served}:{target.name}" if target.adapters else target.name
@@ -135,14 +141,14 @@ def _sglang(target: Target, where: Where, gpus: Gpus) -> Command:
                    importlib.util.find_spec("sglang") is not None)  # fmt: skip
 
 
-def _llama_server(target: Target, where: Where, gpus: Gpus) -> Command | None:
+def _llama_server(target: Target, address: Address, gpus: Gpus) -> Command | None:
     """llama.cpp's own server; None where it is not installed and llama-cpp-python is."""
     found = shutil.which("llama-server")
     if found is None and _llama_python_is_here():
         return None
     words = ["llama-server", "--model", target.model, "--alias", target.name]
-    words += ["--host", where.host, "--port", str(where.port)]
-    words += ["--ctx-size", str(where.context or LLAMA_CONTEXT), "--jinja", "--reasoning-format", "auto"]
+    words += ["--host", address.host, "--port", str(address.port)]
+    words += ["--ctx-size", str(address.context or LLAMA_CONTEXT), "--jinja", "--reasoning-format", "auto"]
     if gpus.count:
         words += ["--n-gpu-layers", "all"]
     words += [word for path in target.adapters.values() for word in ("--lora", str(path))]
@@ -150,9 +156,16 @@ def _llama_server(target: Target, where: Where, gpus: Gpus) -> Command | None:
                    "brew install llama.cpp, or its releases", found is not None)  # fmt: skip
 
 
-def _llama_python(target: Target, where: Where, gpus: Gpus) -> Command:
+def _llama_python(target: Target, address: Address, gpus: Gpus) -> Command:
     words = ["python", "-m", "llama_cpp.server", "--model", target.model, "--model_alias", target.name]
-    words += ["--host", where.host, "--port", str(where.port), "--n_ctx", str(where.context or LLAMA_CONTEXT)]
+    words += [
+        "--host",
+        address.host,
+        "--port",
+        str(address.port),
+        "--n_ctx",
+        str(address.context or LLAMA_CONTEXT),
+    ]
     # It would keep the logits of every position of the context.
     words += ["--logits_all", "false"]
     if gpus.count:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from finetune.errors import FinetuneError
-from finetune.serve.launch.commands import KEY, Command
+from finetune.serve.launch.commands import KEY, Address, Command
 
 # Loading 120b from a slow disk and capturing CUDA graphs takes this long at the worst.
 START_SECONDS = 1800
@@ -119,15 +119,17 @@ def running(command: Command, key: str | None) -> Iterator[Process]:
             signal.signal(number, handler)
 
 
-def complete(url: str, model: str, prompt: str, tokens: int, key: str | None) -> str:
+def complete(address: Address, model: str, prompt: str, tokens: int) -> str:
     """The engine's greedy completion of a text, at most `tokens` long.
 
     Raises:
         FinetuneError: it refuses, or does not answer.
     """
     body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {address.key}"} if address.key else {}
+    )
+    request = urllib.request.Request(f"{address.url}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             text: str = json.load(answer)["choices"][0]["text"]
