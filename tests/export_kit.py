@@ -16,6 +16,12 @@ from tests.checkpoints import write_random_checkpoint
 # Experts no power of two, widths multiples of 32 only, layers odd.
 ODD: dict[str, Any] = {"hidden": 96, "layers": 3, "experts": 5, "top_k": 3, "intermediate": 160, "shards": 3}
 
+# What judges are asked about beside nano; the second has one expert a token and a single layer.
+SHAPES: dict[str, dict[str, Any]] = {
+    "5-experts": {},
+    "7-experts": {"hidden": 160, "layers": 1, "experts": 7, "top_k": 1, "intermediate": 224, "shards": 1},
+}
+
 
 def write_base(path: Path, **shape: Any) -> Path:
     """A random checkpoint with a tokenizer that has a merge, which llama.cpp asks for."""

@@ -19,13 +19,9 @@ from finetune.manifest import MANIFEST, sha256
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from tests.checkpoints import NANO
-from tests.export_kit import write_adapter, write_base, write_talk
+from tests.export_kit import SHAPES, write_adapter, write_base, write_talk
 
 PACKAGES = {OPENAI: "gpt_oss", LLAMA: "llama_cpp"}
-SHAPES = {
-    "5-experts": {},
-    "7-experts": {"hidden": 160, "layers": 1, "experts": 7, "top_k": 1, "intermediate": 224, "shards": 1},
-}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
