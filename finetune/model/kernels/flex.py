@@ -73,7 +73,10 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    # Packs are of one length: no code for lengths that vary.
+    # Packs are of one length: no code for lengths that vary. Each length, window, and whether gradients are
+    # wanted, is a compilation of its own; beyond the limit, of 8, attention would run uncompiled and make
+    # L x L matrices.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 
