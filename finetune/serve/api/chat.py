@@ -22,7 +22,7 @@ from finetune.serve.api.chat_schema import (
     ToolCall,
     TopLogprob,
     Usage,
-)  # fmt: skip
+)
 from finetune.serve.api.errors import RESPONSES
 from finetune.serve.api.stream import STREAMED, EventStream, event, unless_gone
 from finetune.serve.service import Answer, Service

@@ -16,6 +16,7 @@ from finetune.serve.api.schema import (
     One,
     Seed,
     Stops,
+    StreamOptions,
     Strict,
     Temperature,
     TextFormat,
@@ -24,7 +25,7 @@ from finetune.serve.api.schema import (
     TopP,
     describe_format,
     instruct,
-)  # fmt: skip
+)
 from finetune.serve.service import Asked
 
 
@@ -71,10 +72,6 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
 
 
 class ChatRequest(Strict):

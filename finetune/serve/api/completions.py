@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from finetune.chat import HarmonyEncoder, Segment
 from finetune.chat.encode import HARMONY_TOKENS
@@ -23,10 +23,11 @@ from finetune.serve.api.schema import (
     One,
     Seed,
     Stops,
+    StreamOptions,
     Strict,
     Temperature,
     TopP,
-)  # fmt: skip
+)
 from finetune.serve.api.stream import STREAMED, EventStream, event, unless_gone
 from finetune.serve.service import Answer, Asked, Service
 
@@ -47,12 +48,19 @@ class CompletionRequest(Strict):
     stop: Stops = Field(default_factory=list)
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
     n: One = 1
     best_of: One = 1
     frequency_penalty: NoPenalty = 0.0
     presence_penalty: NoPenalty = 0.0
     echo: Annotated[Literal[False], Field(description="The prompt is not repeated.")] = False
     user: Annotated[str | None, Field(description="Names the caller; changes nothing.")] = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> CompletionRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
 
     def prompts(self, encoder: HarmonyEncoder) -> list[list[int]]:
         """Token ids of each prompt; harmony's special tokens are read where a text spells them.
@@ -138,7 +146,7 @@ async def complete_text(body: CompletionRequest, request: Request) -> Any:
         for ids in await asyncio.to_thread(body.prompts, service.encoder):
             answers.append(await service.go_on(body.model, ids, body.asked()))
         if body.stream:
-            return EventStream(_chunks(answers, head, service, scored=body.logprobs is not None), close)
+            return EventStream(_chunks(answers, head, service, body), close)
         choices = await unless_gone(_choices(answers, service, body), request.receive)
     except BaseException:
         close()
@@ -168,17 +176,19 @@ async def _choices(
 
 
 async def _chunks(
-    answers: list[Answer], head: dict[str, Any], service: Service, *, scored: bool
+    answers: list[Answer], head: dict[str, Any], service: Service, body: CompletionRequest
 ) -> AsyncIterator[bytes]:
+    head = {**head, "object": "text_completion"}
     async for index, piece in _merged(answers):
-        tokens = list(piece.tokens) if piece else []
-        choice = CompletionChoice(
-            index=index,
-            text=piece.text if piece else "",
-            logprobs=_logprobs(service, tokens) if scored else None,
-            finish_reason=None if piece else _finish(answers[index]),
-        )
-        yield event(Completion(**head, choices=[choice]).model_dump(exclude={"usage"}))
+        scored = None
+        if piece and body.logprobs is not None:
+            scored = _logprobs(service, list(piece.tokens)).model_dump()
+        finish = None if piece else _finish(answers[index])
+        text = piece.text if piece else ""
+        choice = {"index": index, "text": text, "logprobs": scored, "finish_reason": finish}
+        yield event({**head, "choices": [choice]})
+    if body.stream_options and body.stream_options.include_usage:
+        yield event({**head, "choices": [], "usage": _usage(answers).model_dump()})
     yield b"data: [DONE]\n\n"
 
 

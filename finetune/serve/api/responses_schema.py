@@ -21,7 +21,7 @@ from finetune.serve.api.schema import (
     TopP,
     describe_format,
     instruct,
-)  # fmt: skip
+)
 from finetune.serve.service import Asked
 
 LOGPROBS = "message.output_text.logprobs"

@@ -65,6 +65,10 @@ ToolChoice = Literal["auto", "none"]
 Effort = Literal["low", "medium", "high"]
 
 
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
 class TextFormat(Strict):
     """Free text."""
 
