@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from finetune.cli import app
 from tests.mistakes import MISTAKES, Mistake
+from tests.mistakes_of_exporting import MISTAKES_OF_EXPORTING
 from tests.mistakes_of_serving import MISTAKES_OF_SERVING
 from tests.mistakes_of_size import MISTAKES_OF_SIZE
 from tests.train_helpers import write_project
@@ -26,7 +27,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "mistake",
-    [*MISTAKES, *MISTAKES_OF_SIZE, *MISTAKES_OF_SERVING],
+    [*MISTAKES, *MISTAKES_OF_SIZE, *MISTAKES_OF_SERVING, *MISTAKES_OF_EXPORTING],
     ids=lambda mistake: f"{mistake.title}, {mistake.words[0]}".replace(" ", "-"),
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(

@@ -28,13 +28,14 @@ from rich.table import Table
 from tests.checkpoints import write_random_checkpoint
 from tests.measure.conditions import record
 from tests.mistakes import GOOD, MISTAKES, Mistake, file, rows
+from tests.mistakes_of_exporting import MISTAKES_OF_EXPORTING
 from tests.mistakes_of_serving import MISTAKES_OF_SERVING
 from tests.mistakes_of_size import MISTAKES_OF_SIZE
 from tests.train_helpers import write_project
 
 RUN, ADAPTER = "runs/done", "runs/done/adapter"
 PROGRAM = [sys.executable, "-c", "from finetune.cli import main; main()"]
-SIZE = {"cache": "600k", "runs": "2m"}
+SIZE = {"cache": "600k", "runs": "2m", "small": "160k"}
 LONG_LINE = 200_000_000
 
 
@@ -137,6 +138,11 @@ FULL_DISK = {
         ("train", "recipe.yaml", "lora.rank=64"),
         "HERE/runs/...: the disk is full: this could not be saved, earlier checkpoints are as they were",
     ),
+    "small": Mistake(
+        "no space for an export",
+        ("export", "base", "--to", "bf16", "--out", "small/out"),
+        "HERE/small/out: no space is left on this disk; free some and run again",
+    ),
 }
 
 
@@ -211,7 +217,7 @@ def outcomes(clean: Path, trained: Path, only: str) -> Iterator[Outcome]:
     def wanted(mistakes: Sequence[Mistake]) -> list[Mistake]:
         return [mistake for mistake in mistakes if only in mistake.title]
 
-    for mistake in wanted([*MISTAKES, *MISTAKES_OF_SIZE, *MISTAKES_OF_SERVING]):
+    for mistake in wanted([*MISTAKES, *MISTAKES_OF_SIZE, *MISTAKES_OF_SERVING, *MISTAKES_OF_EXPORTING]):
         with copy(clean) as project:
             mistake.spoil(project)
             yield run(mistake, project)
