@@ -64,7 +64,9 @@ def export(
         if as_json:
             output.json(facts)
         else:
-            typer.echo(f"wrote {out} ({to}); what was checked is in {out / 'finetune_export.json'}")
+            from finetune.export.proof import in_words
+
+            typer.echo(f"wrote {out} ({to}): {in_words(facts)}")
 
 
 def verify(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli_common import said_bytes
+from finetune.errors import FinetuneError
 from finetune.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from finetune.evaluate.summary import Summary
 
+# Bytes in float32 up to which exports are judged at once, which then takes seconds. `finetune verify` is for
+# larger models: it needs the whole of one in memory.
+VERIFIED_UP_TO = 1 << 30
 # A sample is shown whole up to here; beyond it the table of figures would scroll out of sight.
 SAMPLE_LETTERS = 300
 
@@ -41,15 +45,37 @@ def after_training(run: RunDir, console: Console) -> dict[str, Any]:
         run.update(status="evaluated", seconds=seconds)
     exports: dict[str, str] = {}
     for format_ in recipe.export.formats:
-        from finetune.export import export
-
         out = run.path / "export" / format_
         with _timed(seconds, f"export of {format_}"):
-            export(run.path, format_, out, force=True)
+            proven = _export(run, format_, out)
+        console.print(f"export ({format_}): {proven}", markup=False)
         exports[format_] = str(out)
     run.update(status="done", seconds=seconds)
     _tell(run, summary, exports, seconds, console)
     return {**(summary.to_dict() if summary else {}), "exports": exports, "seconds": seconds}
+
+
+def _export(run: RunDir, format_: str, out: Path) -> str:
+    """Export, have a small model judged at once, and say what that proves.
+
+    Raises:
+        FinetuneError: the export fails, or its judge finds another model in it.
+    """
+    from finetune.export import export
+    from finetune.export.proof import in_words
+    from finetune.export.verify import can_verify, verify
+    from finetune.manifest import read_manifest
+    from finetune.model import resolve
+
+    export(run.path, format_, out, force=True)
+    if can_verify(format_, resolve(run.recipe().model.base).base, VERIFIED_UP_TO):
+        verdict = verify(out, against=str(run.path))
+        if not verdict.passed:
+            raise FinetuneError(
+                f"{verdict.judge} does not find the tuned model in this export; finetune verify shows more",
+                at=str(out),
+            )
+    return in_words(read_manifest(out))
 
 
 @contextmanager
@@ -84,6 +110,9 @@ def _tell(
             # Not markup: an answer may hold square brackets.
             console.print(f"  {who:>8}: {text}", markup=False)
     here = os.path.relpath(run.path)
+    from finetune.report import write_report
+
+    console.print(f"\nreport: {os.path.relpath(write_report(run.path))}", markup=False)
     console.print("\ntry next:")
     for command in (
         f"finetune chat {here}",

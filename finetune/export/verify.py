@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from finetune.chat import HarmonyEncoder
 from finetune.data.packing import NOT_LEARNED
 from finetune.errors import FinetuneError, writing
 from finetune.export.distance import Distance
 from finetune.export.judges import JUDGE_OF, LLAMA, asked, stock_model, transformers_logits, why_not
 from finetune.export.kept import Kept, Row, measure_kept, rows_of, rows_of_sequences
 from finetune.export.passages import find_passages
-from finetune.export.prompts import find_prompts
+from finetune.export.prompts import Prompts, find_prompts
 from finetune.export.reading import read_back
 from finetune.export.subject import Subject, find_subject
 from finetune.export.verdict import Answers, Verdict, judge_answers
 from finetune.manifest import MANIFEST, read_manifest
 from finetune.model import inspect_checkpoint, load_base
 from finetune.model.lora import load_adapter
+from finetune.probe import Probe, find_probes
 from finetune.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -31,10 +34,14 @@ if TYPE_CHECKING:
 # Of 32 normal values Q8_0 is off by 0.5% of a typical one (root mean square), bf16 by 0.17%.
 Q8_0_OVER_BF16 = 3
 NEW_TOKENS = 16
+# Each is answered twice more, by the tuned model and by its base.
+PROBED = 4
 
 
 def verify(where: str | Path, *, against: str | None = None, data: Path | None = None) -> Verdict:
     """Compare the export in `where` with the model it was made from, and add the figures to its record.
+
+    The record also gets probes, by which those who serve the export see whether the adapter is in effect.
 
     Args:
         against: the run, adapter or model it was made from; found by itself for an export inside its run, of
@@ -71,9 +78,17 @@ def verify(where: str | Path, *, against: str | None = None, data: Path | None =
     answers = Answers(prompts, sequences, expected, found, read)
     verdict = judge_answers(export_format, answers, allowance, effect, kept)
     manifest["proof"]["verified"] = verdict.to_dict()
+    if probes := _probes(ours, subject, prompts):
+        manifest["probe"] = [asdict(probe) for probe in probes]
     with writing(folder):
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return verdict
+
+
+def can_verify(export_format: str, base: Path, up_to: int) -> bool:
+    """Whether the judge of a format can be asked, of a model with no more than `up_to` bytes in float32."""
+    size = 4 * inspect_checkpoint(base).weights
+    return size <= up_to and why_not(JUDGE_OF[export_format], size) is None
 
 
 def how_rounded(manifest: Mapping[str, Any]) -> str | None:
@@ -147,6 +162,13 @@ def _effect(model: Any, sequences: list[list[int]], tuned: list[Tensor]) -> floa
         return None
     with model.disable_adapter():
         return Distance.between(_logits_of(transformers_logits(model), sequences), tuned).mean
+
+
+def _probes(model: Any, subject: Subject, prompts: Prompts) -> list[Probe]:
+    """What to ask whoever serves the export; none of a model without an adapter."""
+    if not subject.tuned or not (subject.base.path / "tokenizer.json").is_file():
+        return []
+    return find_probes(model, HarmonyEncoder.from_dir(subject.base.path), prompts.ids[:PROBED])
 
 
 def _allowance(subject: Subject, sequences: list[list[int]], rounded: str) -> Distance:
