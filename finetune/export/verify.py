@@ -15,7 +15,15 @@ from finetune.chat import HarmonyEncoder
 from finetune.data.packing import NOT_LEARNED
 from finetune.errors import FinetuneError, writing
 from finetune.export.distance import Distance
-from finetune.export.judges import JUDGE_OF, LLAMA, asked, stock_model, transformers_logits, why_not
+from finetune.export.judges import (
+    JUDGE_OF,
+    LLAMA,
+    asked,
+    llama_as_it_is,
+    stock_model,
+    transformers_logits,
+    why_not,
+)
 from finetune.export.kept import Kept, Row, measure_kept, rows_of, rows_of_sequences
 from finetune.export.passages import find_passages
 from finetune.export.prompts import Prompts, find_prompts
@@ -72,10 +80,13 @@ def verify(where: str | Path, *, against: str | None = None, data: Path | None =
     allowance = _allowance(subject, sequences, rounded) if rounded in ("bf16", "q8_0") else None
     rows, stated = _held_out(subject, manifest, sequences, data) if rounded == "mxfp4" else ([], None)
     longest = max(map(len, [*sequences, *(row.ids.tolist() for row in rows)]))
+    as_it_is: list[Tensor] | None = None
     with asked(export_format, folder, subject, longest) as logits:
         found = _logits_of(logits, sequences)
         kept = _kept(ours, rows, logits, stated) if rows else None
-    answers = Answers(prompts, sequences, expected, found, read)
+        if export_format == "gguf":
+            as_it_is = _logits_of(llama_as_it_is(folder, longest), sequences)
+    answers = Answers(prompts, sequences, expected, found, read, as_it_is)
     verdict = judge_answers(export_format, answers, allowance, effect, kept)
     manifest["proof"]["verified"] = verdict.to_dict()
     if probes := _probes(ours, subject, prompts):

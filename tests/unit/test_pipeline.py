@@ -42,6 +42,7 @@ def test_without_tasks_and_exports_the_losses_and_the_next_commands_are_told(run
     assert "peak memory in training: 1.50 GB" in text
     assert f"finetune chat runs/{run.path.name}\n" in text
     assert run.info()["status"] == "done"
+    assert f"report: runs/{run.path.name}/report.html\n" in text and (run.path / "report.html").is_file()
 
 
 def test_the_sample_is_a_question_that_only_the_tuned_model_answered(

@@ -60,12 +60,14 @@ def launch(
     with running(command, address.key) as process:
         process.wait_until_healthy(address.url + command.health)
         emit(f"ready at {address.url}: ask for the model {command.model!r}")
-        emit(
-            prove(probes, lambda one: complete(address, command.model, one.prompt, one.tokens)),
-        )
+        emit(prove(probes, lambda one: complete(address, command.model, one.prompt, one.tokens)))
         if ready:
             ready(address.url, [command.model, *(name for name in target.adapters if name != target.name)])
-        return process.wait()
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # That is how a server is ended.
+            return 0
 
 
 def prove(probes: list[Probe], ask: Callable[[Probe], str]) -> str:
