@@ -181,12 +181,35 @@ def attend_packed(
     scale: float,
 ) -> Tensor:
     """`query [B, Hq, L, D]`, `key` and `value [B, Hk, L, D]`, `sinks [Hq]` -> `[B, Hq, L, D]`."""
+    return finish(begin(query, key, value, sinks, packing, window, scale), sinks)
+
+
+def begin(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    packing: Packing,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Everything that takes long; `finish` makes attention's output of it. Worth keeping for backward."""
     if query.device.type == "cuda":
-        from finetune.model.kernels.flex import attend_flex, flex_is_right
+        from finetune.model.kernels.flex import attend_without_sinks, flex_is_right
 
         if flex_is_right(query.device, query.dtype):
-            return attend_flex(query, key, value, sinks, packing, window, scale)
-    return attend_by_blocks(query, key, value, sinks, packing, window, scale)
+            return attend_without_sinks(query, key, value, packing, window, scale)
+    return (attend_by_blocks(query, key, value, sinks, packing, window, scale),)
+
+
+def finish(begun: tuple[Tensor, ...], sinks: Tensor) -> Tensor:
+    """`[B, Hq, L, D]` of what `begin` gave."""
+    if len(begun) == 1:
+        return begun[0]
+    from finetune.model.kernels.flex import count_sinks
+
+    out, lse = begun
+    return count_sinks(out, lse, sinks)
 
 
 def attend(

@@ -132,7 +132,8 @@ class TrainSpec(Spec):
 
     `profile` records a few steps and where their time and memory went; `force_memory` trains even where the
     memory that is free is predicted not to do. `offload_activations` moves what a GPU keeps for backward to
-    the host; `paged_adamw_8bit` lets its moments go there when memory is short.
+    the host; `paged_adamw_8bit` lets its moments go there when memory is short. `keep_attention`: so many of
+    the layers with full attention keep its result instead of computing it again, for long documents.
     """
 
     epochs: Positive = 1.0
@@ -151,6 +152,7 @@ class TrainSpec(Spec):
     seed: Annotated[int, Field(ge=0)] = 0
     gradient_checkpointing: bool = True
     offload_activations: bool = False
+    keep_attention: Annotated[int, Field(ge=0)] = 0
     router_aux_loss: NotNegative = 0.0
     verify_frozen: bool = False
     profile: bool = False
@@ -196,9 +198,9 @@ class EvalSpec(Spec):
 class ExportSpec(Spec):
     """The formats that are written after training; an empty list writes none."""
 
-    formats: list[
-        Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-lora", "openai", "sglang-lora"]
-    ] = ["adapter"]
+    formats: list[Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-lora", "openai", "sglang-lora"]] = [
+        "adapter"
+    ]
 
 
 class TrackingSpec(Spec):

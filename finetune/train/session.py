@@ -19,7 +19,7 @@ from finetune.data import Prepared, prepare_data
 from finetune.data.packing import PackedDataset
 from finetune.errors import FinetuneError
 from finetune.model import add_lora, fingerprint, hash_frozen, load_model, resolve, save_adapter
-from finetune.model.recompute import keep_all_inputs
+from finetune.model.recompute import keep_all_inputs, keep_attention
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train.checkpoint import require_whole, whole_directory
@@ -131,6 +131,7 @@ def _load(recipe: Recipe, state: PartialState) -> tuple[Any, Any]:
     )
     if recipe.train.offload_activations:
         keep_all_inputs(model)
+    keep_attention(model, recipe.train.keep_attention)
     set_seed(recipe.train.seed)
     lora = recipe.lora
     return add_lora(

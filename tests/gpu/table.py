@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from finetune.model import add_lora
+from finetune.model.recompute import keep_attention
 from tests.gpu.models import random_model, take_the_gpu_path
 from tests.gpu.steps import Stepper, with_fused_head
 from tests.gpu.stock import stock_model
@@ -40,6 +41,7 @@ class Row:
     experts_on_host: bool = False
     offload: bool = False
     checkpointing: bool = True
+    keep_attention: int = 0
     stock: bool = False
     steps: int = 5
     warm_up: int = 2
@@ -55,7 +57,9 @@ ROWS = {
     "20b, 24 GB card, 8k": Row("20b", 8 * K, 8 * K, 24, 23, nf4=True),
     "20b, stock transformers + PEFT": Row("20b", 8 * K, 8 * K, WHOLE_CARD, WHOLE_CARD, stock=True, steps=3),
     "20b, ours beside stock": Row("20b", 8 * K, 8 * K, WHOLE_CARD, WHOLE_CARD, steps=3),
-    "20b, 128k context": Row("20b", 128 * K, 128 * K, 80, 80, 5_000, steps=2, warm_up=1),
+    "20b, 128k context": Row(
+        "20b", 128 * K, 128 * K, 80, 80, 5_000, nf4=True, keep_attention=4, steps=2, warm_up=1
+    ),
     "120b, 32k tokens": Row(
         "120b", 32 * K, 8 * K, 80, 80, 12_000, nf4=True, optimizer="paged_adamw_8bit", offload=True, steps=3
     ),
@@ -86,6 +90,7 @@ def run(row: Row, device: torch.device, profile: bool = False) -> dict[str, Any]
     head = with_fused_head(base)
     model = add_lora(base, rank=row.rank, alpha=2 * row.rank, targets=["attention", "experts"])
     model.train()
+    keep_attention(model, row.keep_attention)
     if row.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

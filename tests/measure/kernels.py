@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: error against float64 under the interpreter, and what the compiler made of them.
+"""Triton kernels without a GPU: error under the interpreter, and what the compiler made of them.
 
     python -m tests.measure.kernels [--record]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.model import add_lora
+from finetune.model import add_lora, attention
 from finetune.model import experts as experts_module
 from finetune.model.mxfp4 import dequantise_mxfp4
-from finetune.model.recompute import keep_all_inputs
+from finetune.model.recompute import keep_all_inputs, keep_attention
 from tests.checkpoints import write_random_checkpoint
 from tests.model_kit import our_model, random_ids, relative_error
 
@@ -48,13 +48,16 @@ def loss_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kept_attentions", [0, 1, LAYERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensor-hooks", "reentrant"])
 def test_loss_and_gradients_are_those_without_checkpointing(
-    base: Path, dtype: torch.dtype, reentrant: bool
+    base: Path, dtype: torch.dtype, reentrant: bool, kept_attentions: int
 ) -> None:
     plain_loss, plain = loss_and_gradients(model_in_training(base, dtype, None))
-    loss, gradients = loss_and_gradients(model_in_training(base, dtype, {"use_reentrant": reentrant}))
+    model = model_in_training(base, dtype, {"use_reentrant": reentrant})
+    keep_attention(model, kept_attentions)
+    loss, gradients = loss_and_gradients(model)
     assert loss == plain_loss
     assert gradients.keys() == plain.keys() and len(plain) == LAYERS * (8 + 4 + 2)
     for name, gradient in gradients.items():
@@ -130,6 +133,32 @@ def test_a_layer_keeps_its_input_and_the_stream_between_its_halves(base: Path, o
     large = [size for size in sizes.values() if size >= of_a_row]
     # One more for the final norm; what the experts' inputs are made of is what the router keeps anyway.
     assert len(large) == LAYERS * (3 if offloaded else 2) + 1 and set(large) == {of_a_row}
+
+
+def test_a_layer_that_keeps_its_attention_does_not_run_it_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three layers attends to all earlier tokens; keys and values are not kept with the result."""
+    model, runs = model_in_training(base, torch.float32, {"use_reentrant": False}), []
+    attend_by_blocks = attention.attend_by_blocks
+
+    def counted(*arguments: Any) -> Tensor:
+        runs.append(arguments[5])
+        return attend_by_blocks(*arguments)
+
+    monkeypatch.setattr(attention, "attend_by_blocks", counted)
+    loss_and_gradients(model)
+    assert runs.count(None) == 2 and len(runs) == 2 * LAYERS
+    keep_attention(model, 5)
+    runs.clear()
+    with kept_bytes(model) as sizes:
+        ids = random_ids(1, 600)
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert runs.count(None) == 1 and len(runs) == 2 * LAYERS - 1
+    full = model.base_model.model.model.layers[1].self_attn
+    keys = 600 * full.k_proj.base_layer.out_features * 4
+    assert keys not in sizes.values()
 
 
 def test_generation_after_training_uses_its_cache(base: Path) -> None:

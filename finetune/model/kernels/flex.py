@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +90,14 @@ def attend_flex(
     scale: float,
 ) -> Tensor:
     """`query [B, Hq, L, D]`, `key` and `value [B, Hk, L, D]`, `sinks [Hq]` -> `[B, Hq, L, D]`."""
+    out, lse = attend_without_sinks(query, key, value, packing, window, scale)
+    return count_sinks(out, lse, sinks)
+
+
+def attend_without_sinks(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out `[B, Hq, L, D]` in query's dtype and lse `[B, Hq, L]` in float32, as if there were no sinks."""
     if window not in packing.flex_masks:
         packing.flex_masks[window] = block_mask(packing.starts, window)
     mask = packing.flex_masks[window]
@@ -97,8 +105,13 @@ def attend_flex(
     out, aux = flex(
         query, key, value, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
-    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
-    return cast(Tensor, (out * share.unsqueeze(-1)).to(query.dtype))
+    return out, aux.lse
+
+
+def count_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """What `out [B, Hq, L, D]` becomes when its softmax also runs over `sinks [Hq]`."""
+    share = torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1))
+    return (out * share.unsqueeze(-1)).to(out.dtype)
 
 
 @cache
