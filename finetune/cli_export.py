@@ -138,6 +138,9 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
         rows.append(("mean effect of the adapter", f"{verdict.effect:.2g}", ""))
     if verdict.reading is not None:
         rows.append(("largest, from our reading", f"{verdict.reading:.2g}", f"{verdict.reading_allowed:.2g}"))
+    if verdict.as_it_is is not None:
+        found, allowed = verdict.as_it_is, verdict.as_it_is_allowed
+        rows.append(("typical, the file as it is", f"{found:.2g}", f"{allowed:.2g}"))
     rows.append(("greedy tokens equal", f"{verdict.greedy_equal} of {verdict.greedy}", ""))
     rows += _kept_rows(verdict)
     for row in rows:

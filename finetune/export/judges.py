@@ -161,8 +161,6 @@ def _openai(folder: Path) -> Logits:
 
 def _llama(export_format: str, folder: Path, subject: Subject, scratch: Path, longest: int) -> Logits:
     """llama.cpp rounds the activations that meet MXFP4 to 8 bits, so the file is first decoded to float32."""
-    from llama_cpp import Llama
-
     lora = None
     model = folder / gguf_export.FILE
     if export_format == "gguf-lora":
@@ -172,16 +170,25 @@ def _llama(export_format: str, folder: Path, subject: Subject, scratch: Path, lo
         (scratch / gguf_export.FILE).rename(model)
     decoded = scratch / "float32.gguf"
     decode_gguf(model, decoded)
+    return _llama_logits(decoded, longest, lora_path=lora, type_k=F32, type_v=F32)
+
+
+def llama_as_it_is(folder: Path, longest: int) -> Logits:
+    """llama.cpp with the file as users load it: its own kernels, activations in 8 bits, a cache in f16."""
+    return _llama_logits(folder / gguf_export.FILE, longest)
+
+
+def _llama_logits(file: Path, longest: int, **options: Any) -> Logits:
+    from llama_cpp import Llama
+
     llama = Llama(
-        str(decoded),
+        str(file),
         n_ctx=longest,
         n_batch=longest,
         n_threads=max(1, (os.cpu_count() or 1) // 2),
         logits_all=True,
-        type_k=F32,
-        type_v=F32,
-        lora_path=lora,
         verbose=False,
+        **options,
     )
 
     def logits(ids: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ class Checkpoint:
         row = (place.end - place.start) // place.shape[0]
         rows = torch.empty(last - first, *place.shape[1:], dtype=DTYPES[place.dtype])
         with place.file.open("rb") as file:
+            _read_ahead(file, place.start + last * row)
             file.seek(place.start + first * row)
             got = file.readinto(as_bytes(rows))
         if got != (last - first) * row:
@@ -85,6 +87,12 @@ class Checkpoint:
                 yield self.read(name, first, last)
 
         return Planned(new_name or name, dtype, shape, pieces)
+
+
+def _read_ahead(file: BinaryIO, start: int) -> None:
+    """Have the disk fetch what is likely to be asked for next, while this program computes."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, PIECE_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def spans(shape: Sequence[int], item_bytes: int) -> Iterator[tuple[int, int]]:

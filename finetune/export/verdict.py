@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.export.distance import Distance, Greedy
@@ -14,6 +15,9 @@ from finetune.export.prompts import Prompts
 
 # Two programs that compute the same in float32 differ by less; an error of one weight shows above it.
 FLOAT32_LIMIT = 1e-4
+# Of the spread of a position's logits: llama.cpp's 8-bit activations cost a hundredth of it or two, and a row
+# or a nibble in the wrong place all of it.
+AS_IT_IS_SHARE = 0.1
 NOTE = "llama.cpp knows no YaRN with truncate: false; the tuned model was set to truncate: true for this"
 
 
@@ -24,9 +28,10 @@ class Verdict:
     What is allowed of rounded numbers is what bf16 costs the judge on the untuned base: at the typical
     (median) position, as rounding may send a token to another expert, which moves its logits by any amount.
     A merge into MXFP4 costs more and says how much, which `kept` measures anew. Where something was rounded,
-    `reading` is how far the judge is from this program's own reading of the same files. `effect` is the mean
-    distance of the tuned model from its base (None without an adapter); `greedy_equal` of `greedy` next
-    tokens are the same.
+    `reading` is how far the judge is from this program's own reading of the same files. `as_it_is` is how far
+    llama.cpp, which computes with 8-bit activations, is at the typical position from itself with all values
+    in float32. `effect` is the mean distance of the tuned model from its base (None without an adapter);
+    `greedy_equal` of `greedy` next tokens are the same.
     """
 
     format: str
@@ -40,6 +45,8 @@ class Verdict:
     mean_difference: float
     reading: float | None
     reading_allowed: float | None
+    as_it_is: float | None
+    as_it_is_allowed: float | None
     effect: float | None
     kept: Kept | None
     greedy: int
@@ -55,7 +62,8 @@ class Verdict:
 class Answers:
     """Logits `[L, vocabulary]` of every sequence, which is a prompt and what the tuned model says to it.
 
-    By the tuned model, by the judge with the export, and by this program with the export, where that matters.
+    By the tuned model and by the judge with the export; where that matters, by this program with the export;
+    and of a GGUF by llama.cpp with the file as it is, whose values the judge otherwise gets in float32.
     """
 
     prompts: Prompts
@@ -63,6 +71,7 @@ class Answers:
     expected: list[Tensor]
     found: list[Tensor]
     read: list[Tensor] | None
+    as_it_is: list[Tensor] | None
 
 
 def judge_answers(
@@ -83,8 +92,11 @@ def judge_answers(
     reading = Distance.between(read, found).largest if read else None
     undecided = 2 * (allowance.largest if allowance else FLOAT32_LIMIT)
     greedy = Greedy.of(answers.prompts.ids, expected, found, undecided)
+    as_it_is = Distance.between(found, answers.as_it_is).typical if answers.as_it_is else None
+    spread = float(torch.cat(found).std(-1).median())
     # Comparisons that a NaN fails.
     passed = reading is None or reading <= FLOAT32_LIMIT
+    passed = passed and (as_it_is is None or as_it_is <= AS_IT_IS_SHARE * spread)
     if kept and read:
         wrong = Greedy.of(answers.prompts.ids, read, found, undecided).wrong
         passed = passed and kept.as_stated and not wrong
@@ -105,6 +117,8 @@ def judge_answers(
         mean_difference=distance.mean,
         reading=reading,
         reading_allowed=None if reading is None else FLOAT32_LIMIT,
+        as_it_is=as_it_is,
+        as_it_is_allowed=None if as_it_is is None else AS_IT_IS_SHARE * spread,
         effect=effect,
         kept=kept,
         greedy=greedy.total,

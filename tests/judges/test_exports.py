@@ -74,6 +74,16 @@ def test_another_program_computes_what_the_base_computes(base: Path, tmp_path: P
     assert verdict.passed and verdict.max_difference < 2e-5 and verdict.greedy_equal == verdict.greedy
 
 
+def test_llama_cpp_computes_nearly_the_same_with_the_file_as_it_is(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = judged(base, "gguf", tmp_path / "out")
+    assert verdict.passed and verdict.as_it_is is not None and verdict.as_it_is_allowed is not None
+    assert 0 < verdict.as_it_is < verdict.as_it_is_allowed
+    monkeypatch.setattr("finetune.export.verdict.AS_IT_IS_SHARE", 1e-6)
+    assert not verify(tmp_path / "out", against=str(base)).passed
+
+
 def test_a_merge_costs_no_more_than_bf16_costs_the_untuned_base(adapter: Path, tmp_path: Path) -> None:
     verdict = judged(adapter, "bf16", tmp_path / "out")
     assert verdict.passed and verdict.effect is not None
