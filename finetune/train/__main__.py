@@ -20,6 +20,7 @@ from typing import Any
 
 from finetune.check import require_ready
 from finetune.errors import FinetuneError, sentence_of
+from finetune.model.cpu_settings import ask_for_large_pages
 from finetune.recipe import Recipe, dump_recipe
 from finetune.rundir import RunDir, recipe_of
 from finetune.train.surroundings import LISTENS, quieten, set_up_wandb
@@ -65,6 +66,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     # Packs are of one length but experts' rows are not: without this, pieces of GPU memory are left over that
     # nothing fits in.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    ask_for_large_pages()
 
     import torch
     from accelerate import PartialState

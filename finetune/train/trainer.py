@@ -19,6 +19,7 @@ from transformers import PrinterCallback
 from trl import SFTTrainer
 
 from finetune.data.packing import collate
+from finetune.model.cpu_settings import score_in_small_tiles
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train import checkpoint
@@ -71,6 +72,8 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         )
         self.remove_callback(PrinterCallback)
         _score_learned_positions_only()
+        if self.args.device.type == "cpu":
+            score_in_small_tiles()
         _leave_frozen_tensors_alone(self.model)
 
     # The training step, as far as it is ours: which tokens it counts, and its loss.
