@@ -58,7 +58,7 @@ def serve(export_dir: Path, base: Path) -> list[str]:
 
 def test_llama_cpp_answers_as_the_tuned_model(run: Path) -> None:
     said = serve(run, run.parents[1] / "base")
-    assert said[-1].startswith("the adapter is in effect")
+    assert said[-2].startswith("the adapter is in effect")
     probes = read_probes(json.loads((run / "export" / "gguf-lora" / MANIFEST).read_text()))
     assert probes and all(probe.base != probe.tuned for probe in probes)
 

@@ -47,7 +47,7 @@ def test_an_engine_that_answers_as_the_tuned_model_is_ready(
 ) -> None:
     said = start("It is KUU-8", api_key="secret")
     assert said[0].startswith('VLLM_API_KEY="$FINETUNE_API_KEY" vllm serve ')
-    assert said[-2] == "the adapter is in effect: 1 of 1 answers are the tuned model's"
+    assert said[-3] == "the adapter is in effect: 1 of 1 answers are the tuned model's"
     asked = capfd.readouterr().err
     assert '"model": "mine"' in asked and '"temperature": 0' in asked and "Bearer secret" in asked
 

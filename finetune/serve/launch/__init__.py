@@ -33,7 +33,7 @@ def launch(
 ) -> int:
     """Serve `where` (a run, an export, a model) with another engine until that ends; its exit status.
 
-    `emit` is told the command, and once the engine answers, its address and what the probes said; after
+    `emit` is told the command, and once the engine answers, what the probes said and its address; after
     that `ready` gets the address and the names to ask for. Port 0 takes any free one.
 
     Raises:
@@ -59,8 +59,8 @@ def launch(
     probes = probes_of(target)
     with running(command, address.key) as process:
         process.wait_until_healthy(address.url + command.health)
-        emit(f"ready at {address.url}: ask for the model {command.model!r}")
         emit(prove(probes, lambda one: complete(address, command.model, one.prompt, one.tokens)))
+        emit(f"ready at {address.url}: ask for the model {command.model!r}")
         if ready:
             ready(address.url, [command.model, *(name for name in target.adapters if name != target.name)])
         try:
