@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -93,6 +94,8 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
+        # The server's other threads need a core too; where they take one of the model's, all of those wait.
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - 1)))
         while self._take_in():
             plan = self._scheduler.plan()
             if not plan:

@@ -19,6 +19,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
+from schemathesis.core.result import Ok
 
 from finetune.serve.api.guard import BODY_LIMIT
 from finetune.serve.limits import Limits
@@ -228,6 +229,7 @@ def test_nothing_that_the_openapi_document_allows_or_forbids_breaks_the_server(s
     ]
     limits = {"/v1/responses": "max_output_tokens"}
     for found in document.get_all_operations():
+        assert isinstance(found, Ok)
         operation = found.ok()
         right = operation.as_strategy()
         wrong = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
@@ -236,7 +238,7 @@ def test_nothing_that_the_openapi_document_allows_or_forbids_breaks_the_server(s
             max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
         )
         @given(case=right | wrong if list(operation.body) else right)
-        def holds(case: schemathesis.Case) -> None:
+        def holds(case: schemathesis.Case[Any]) -> None:
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                 # A name that is not served would end most of them early, and long answers take long.
                 case.body.pop("max_completion_tokens", None)

@@ -29,10 +29,9 @@ def config() -> Any:
     )  # fmt: skip
 
 
-def by_definition(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor, window: float
-) -> torch.Tensor:
-    """Causal attention of a whole sequence, float64 `[H, L, D]`; the last token's row."""
+def by_definition(data: torch.Tensor, sinks: torch.Tensor, window: float) -> torch.Tensor:
+    """Causal attention of a sequence, its three kinds of heads in `data [., L, D]`; the last token's row."""
+    query, key, value = data.split([QUERY_HEADS, HEADS, HEADS])
     last = key.shape[1] - 1
     out = []
     for head in range(QUERY_HEADS):
@@ -64,15 +63,15 @@ def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
         flat = torch.cat(
             [data[i][:, s.start : s.start + s.length] for i, s in zip(members, spans, strict=True)], 1
         )
-        parts = flat.split([QUERY_HEADS, HEADS, HEADS])
+        query, key, value = flat.split([QUERY_HEADS, HEADS, HEADS])
         steps = lay_out(cache, spans, query_heads=QUERY_HEADS)
         for layer, window in ((0, WINDOW), (1, math.inf)):
-            out = steps[config().layer_types[layer]].attend(layer, *parts, sinks, 1 / math.sqrt(SIZE))
+            out = steps[config().layer_types[layer]].attend(layer, query, key, value, sinks, SIZE**-0.5)
             end = 0
             for i, span in zip(members, spans, strict=True):
                 end += span.length
-                seen = data[i][:, : span.start + span.length].split([QUERY_HEADS, HEADS, HEADS])
-                expected = by_definition(*seen, sinks, window)
+                seen = data[i][:, : span.start + span.length]
+                expected = by_definition(seen, sinks, window)
                 torch.testing.assert_close(out[end - 1], expected, rtol=1e-10, atol=1e-10)
 
 
