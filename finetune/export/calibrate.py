@@ -32,7 +32,7 @@ class Rows:
 
     tuned: Tensor  # [n, H]: the layer's normed inputs on the tuned path
     export: Tensor  # [n, H]: and on the export's
-    missing: Tensor  # [n, H]: residual stream of the tuned path minus the export's, before the experts
+    missing: Tensor  # [n, H]: what the experts are to add to the tuned model's experts' output
     weight: Tensor  # [n]: how much an error counts
 
 
@@ -49,10 +49,13 @@ def round_to_nearest(experts: PackedExperts, factors: Mapping[str, Factors]) -> 
     return changed
 
 
-def fit(experts: PackedExperts, factors: Mapping[str, Factors], routed: Callable[[int], Rows]) -> int:
+def fit(
+    experts: PackedExperts, factors: Mapping[str, Factors], routed: Callable[[int], Rows], *, sweeps: int
+) -> int:
     """Merge `factors` in so that outputs stay; returns how many packed values changed.
 
     `routed(e)` gives what comes to expert e. A weight that the adapter does not change keeps its bytes.
+    `sweeps` as `requantise` takes them.
     """
     changed = 0
     for first, last in _groups(experts):
@@ -67,7 +70,7 @@ def fit(experts: PackedExperts, factors: Mapping[str, Factors], routed: Callable
                 _Part(tuned[i], export[i], wanted[i], values[i], rows[i].weight, missing[i]) for i in found
             ]
             if parts:
-                values[found] = _fitted(parts)
+                values[found] = _fitted(parts, sweeps)
                 changed += _store(experts, name, first, values)
             if name == "gate_up_proj":
                 tuned = [_activated(experts, first + i, x, wanted[i]) for i, x in enumerate(tuned)]
@@ -102,14 +105,14 @@ class _Part:
         return (self.export * self.weight.unsqueeze(1)).mT @ lack
 
 
-def _fitted(parts: Sequence[_Part]) -> Tensor:
+def _fitted(parts: Sequence[_Part], sweeps: int) -> Tensor:
     """MXFP4 values `[g, out, in]`."""
     moments = torch.stack([part.moments() for part in parts])
     lacking = torch.stack([part.lacking() for part in parts])
     # Least squares gives the best unrounded weights; the damping draws them to the wanted ones.
     shift = torch.cholesky_solve(lacking, torch.linalg.cholesky(moments)).mT
     wanted = torch.stack([part.wanted for part in parts]) + shift
-    return requantise(wanted, moments, torch.stack([part.was for part in parts]))
+    return requantise(wanted, moments, torch.stack([part.was for part in parts]), sweeps=sweeps)
 
 
 def _groups(experts: PackedExperts) -> list[tuple[int, int]]:

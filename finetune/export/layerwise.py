@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
-from finetune.export.tensors import Checkpoint
+from finetune.export.tensors import DTYPES, Checkpoint
 from finetune.model.attention import Packing
 from finetune.model.expert_layer import Factors
 from finetune.model.experts import PackedExperts, Scratch
@@ -64,6 +64,20 @@ class Layer:
         )[0]
         return state + out[0]
 
+    def before_attention(self, state: Tensor) -> Tensor:
+        """What query, key and value projections see of a `state [n, H]`."""
+        out: Tensor = self._module.input_layernorm(state)
+        return out
+
+    def heads(self, state: Tensor, passage: Passage) -> Tensor:
+        """What the output projection of attention sees, `[L, heads * head size]`."""
+        seen: list[Tensor] = []
+        projection = self._module.self_attn.o_proj
+        hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        self.attend(state, passage)
+        hook.remove()
+        return seen[0][0]
+
     def normed(self, state: Tensor) -> Tensor:
         """What router and experts see of a `state [n, H]` past attention."""
         out: Tensor = self._module.post_attention_layernorm(state)
@@ -90,6 +104,7 @@ class Network:
         self.checkpoint = Checkpoint(path)
         self.config = read_model_config(path, torch.float32)
         self.device = device
+        self.dense_dtype = DTYPES[self.checkpoint.dtype("model.layers.0.self_attn.o_proj.weight")]
         self._rotary = GptOssRotaryEmbedding(config=self.config).to(device)
         self._scratch = Scratch()
 

@@ -1,75 +1,40 @@
 """A merged checkpoint in the released layout: experts rounded to MXFP4 again, so that what was learned stays.
 
 The base's files are copied and overwritten where the adapter changes something, layer after layer. The
-calibration conversations pass through every layer twice, as the tuned model computes them and as the export
-does; held-out conversations pass through the base as well, and at the end tell what the rounding cost. After
-each layer the streams are kept beside the files, where a merge that was killed finds them.
+calibration conversations pass through every layer as the base, the tuned model and the export compute them,
+and so do held-out conversations, which at the end tell what the rounding cost. After each layer the streams
+are kept beside the files, where a merge that was killed finds them.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.data.packing import NOT_LEARNED
 from finetune.errors import FinetuneError
-from finetune.export.calibrate import PROJECTIONS, Rows, fit, round_to_nearest
+from finetune.export.calibrate import PROJECTIONS, round_to_nearest
 from finetune.export.dialect import write_configs
-from finetune.export.layerwise import Layer, Network, Passage
+from finetune.export.fitting import Change, fit_layer
+from finetune.export.layerwise import Layer, Network
 from finetune.export.merge import DENSE, Deltas
 from finetune.export.passages import Passages
 from finetune.export.progress import Progress, digest_of
 from finetune.export.retention import measure
+from finetune.export.streams import Walk
 from finetune.export.subject import Subject
 from finetune.export.tensors import as_bytes
 from finetune.model.checkpoint import INDEX_FILE
 from finetune.model.expert_layer import Factors
 
-# What an error counts at a token whose successor is not learned; those matter through attention alone.
-WEIGHT_NOT_LEARNED = 0.2
-
-
-@dataclass
-class Streams:
-    """Residual streams by passage, `[L, H]` each, of the versions that are computed in step."""
-
-    tuned: list[Tensor]
-    export: list[Tensor]
-
-
-@dataclass
-class Walk:
-    """All the streams between two layers."""
-
-    NAMES: ClassVar = ("tuned", "export", "held-out tuned", "held-out export", "held-out base")
-
-    calibration: Streams
-    held_out: Streams
-    base: list[Tensor]  # the held-out passages through the base
-
-    @classmethod
-    def begin(cls, network: Network, passages: Passages) -> Walk:
-        first = [network.embed(p) for p in passages.calibration]
-        held_out = [network.embed(p) for p in passages.held_out]
-        return cls(Streams(first, list(first)), Streams(held_out, list(held_out)), list(held_out))
-
-    @classmethod
-    def resume(cls, streams: Mapping[str, list[Tensor]], device: torch.device) -> Walk:
-        tuned, export, held_tuned, held_export, base = (
-            [one.to(device) for one in streams[name]] for name in cls.NAMES
-        )
-        return cls(Streams(tuned, export), Streams(held_tuned, held_export), base)
-
-    def streams(self) -> dict[str, list[Tensor]]:
-        here, held_out = self.calibration, self.held_out
-        values = (here.tuned, here.export, held_out.tuned, held_out.export, self.base)
-        return dict(zip(self.NAMES, values, strict=True))
+# Multiplications that one sweep of all weights may take for each of up to MOST_SWEEPS: those of gpt-oss-20b
+# take ten minutes of two cores, its whole merge less than an hour.
+MOST_SWEEPS = 8
+SWEEP_WORK = 6 * 10**13
 
 
 def write_mxfp4(
@@ -164,7 +129,7 @@ class _Merge:
         """Measures nothing: there is nothing to measure on."""
         for number in self._layers_left():
             layer, factors = self._network.layer(number), self._factors(number)
-            self._dense(number)
+            self._write_dense(number, self._exact(number))
             self.experts_changed += round_to_nearest(layer.experts, factors)
             self._write_experts(number, layer, factors)
             self._keep(number, {})
@@ -172,48 +137,42 @@ class _Merge:
 
     def by_fitting(self, passages: Passages) -> dict[str, Any]:
         """Also measures: what `retention.measure` returns."""
-        network, held_out = self._network, passages.held_out
-        reached = self._reached
-        walk = Walk.resume(reached.streams, network.device) if reached else Walk.begin(network, passages)
-        calibration, measured = walk.calibration, walk.held_out
-        learned = torch.cat([p.targets for p in passages.calibration]) != NOT_LEARNED
+        network, reached = self._network, self._reached
+        walk = Walk.begin(network, passages)
+        if reached:
+            walk.resume(reached.streams)
         for number in self._layers_left():
-            layer, factors = network.layer(number), self._factors(number)
-            walk.base = [layer.finish(s, {}) for s in _attend(layer, walk.base, held_out)]
-            merged, rounded = self._dense(number)
-            layer.replace(merged)
-            before = _attend(layer, calibration.tuned, passages.calibration)
-            calibration.tuned = [layer.finish(s, factors) for s in before]
-            measured.tuned = [layer.finish(s, factors) for s in _attend(layer, measured.tuned, held_out)]
-            layer.replace(rounded)
-            export = _attend(layer, calibration.export, passages.calibration)
-            self.experts_changed += _fit(layer, factors, Streams(before, export), learned)
-            self._write_experts(number, layer, factors)
-            calibration.export = [layer.finish(s, {}) for s in export]
-            measured.export = [layer.finish(s, {}) for s in _attend(layer, measured.export, held_out)]
-            self._keep(number, walk.streams())
-        states = {"base": walk.base, "tuned": measured.tuned, "export": measured.export}
-        return {**measure(network, held_out, states), "calibration_tokens": len(learned)}
+            change = Change(self._exact(number), self._factors(number))
+            fitted = fit_layer(network, number, change, walk, sweeps=_sweeps(network))
+            self.experts_changed += fitted.changed
+            self._write_dense(number, fitted.dense)
+            self._write_experts(number, fitted.layer, change.factors)
+            self._keep(number, walk.states())
+        figures = measure(network, passages.held_out, walk.held_out.at)
+        return {**figures, "calibration_tokens": len(walk.calibration.learned())}
 
     def _factors(self, number: int) -> dict[str, Factors]:
         found = {n: self._deltas.experts(f"model.layers.{number}.mlp.experts.{n}") for n in PROJECTIONS}
         device = self._network.device
         return {n: Factors(f.a.to(device), f.b.to(device)) for n, f in found.items() if f is not None}
 
-    def _dense(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer's merged dense weights by their names in it, float32: exact, and as they were written."""
-        exact, rounded = {}, {}
+    def _exact(self, number: int) -> dict[str, Tensor]:
+        """The merged weights, float32, by their names in the layer, of those that the adapter changes."""
+        exact = {}
         for part in DENSE:
             name = f"model.layers.{number}.{part}"
             delta = self._deltas.dense(name)
             if delta is not None:
-                before = self._network.checkpoint.read(name)
-                exact[part] = before.float() + delta
-                after = exact[part].to(before.dtype)
-                self.dense_changed += int((after != before).sum())
-                self._overwrite(name, after)
-                rounded[part] = after.float()
-        return exact, rounded
+                exact[part] = self._network.checkpoint.read(name).float() + delta
+        return {part: weights.to(self._network.device) for part, weights in exact.items()}
+
+    def _write_dense(self, number: int, weights: Mapping[str, Tensor]) -> None:
+        for part, weight in weights.items():
+            name = f"model.layers.{number}.{part}"
+            before = self._network.checkpoint.read(name)
+            after = weight.cpu().to(before.dtype)
+            self.dense_changed += int((after != before).sum())
+            self._overwrite(name, after)
 
     def _write_experts(self, number: int, layer: Layer, factors: Mapping[str, Factors]) -> None:
         for part in factors:
@@ -228,26 +187,10 @@ class _Merge:
             file.write(as_bytes(tensor.detach().cpu()))
 
 
-def _attend(layer: Layer, states: Sequence[Tensor], passages: Sequence[Passage]) -> list[Tensor]:
-    return [layer.attend(state, passage) for state, passage in zip(states, passages, strict=True)]
-
-
-def _fit(layer: Layer, factors: Mapping[str, Factors], streams: Streams, learned: Tensor) -> int:
-    """Fit the layer's experts to the streams past attention; returns how many packed values changed.
-
-    `learned [T]` says for each token whether its successor is learned.
-    """
-    if not factors:
-        return 0
-    tuned, export = torch.cat(streams.tuned), torch.cat(streams.export)
-    indices, scores = layer.route(layer.normed(export))
-    counts = torch.where(learned.to(scores.device), 1.0, WEIGHT_NOT_LEARNED)
-
-    def routed(expert: int) -> Rows:
-        token, place = torch.where(indices == expert)
-        # The layer's output is off by score times the expert's error.
-        weight = counts[token] * scores[token, place].square()
-        missing = tuned[token] - export[token]
-        return Rows(layer.normed(tuned[token]), layer.normed(export[token]), missing, weight / weight.sum())
-
-    return fit(layer.experts, factors, routed)
+def _sweeps(network: Network) -> int:
+    """Sweeps of coordinate descent that a model of this size leaves time for."""
+    config = network.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    of_expert = 2 * inner * hidden**2 + hidden * inner**2
+    of_all = of_expert * config.num_local_experts * config.num_hidden_layers
+    return min(MOST_SWEEPS, int(SWEEP_WORK / of_all))

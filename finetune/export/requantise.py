@@ -10,7 +10,8 @@ undone as well as they can (Frantar et al. 2022, "GPTQ", algorithm 1). Then, blo
 codes are chosen anew given all others until little changes. In both, every block tries several scales and
 keeps the one whose error is smallest.
 
-Letters in shapes: G maps at once, O rows (outputs), I columns (inputs), C scales that are tried.
+Columns come before rows in memory, `[G, I, O]`: one step treats one column of all rows. Letters in shapes:
+G maps at once, O rows (outputs), I columns (inputs), C scales that are tried.
 """
 
 from __future__ import annotations
@@ -24,30 +25,33 @@ from finetune.model.layout import BLOCK
 from finetune.model.mxfp4 import LARGEST_EXPONENT
 
 LARGEST_VALUE = 6.0
+EXPONENT_BITS = 0x7F800000  # of a float32
 # Smaller blocks than these are zero to any computation in float32 that uses them.
 SMALLEST_EXPONENT = -100
 # A sweep over all blocks that improves the error by less than this share is the last.
 ENOUGH = 1e-3
 
 
-def requantise(wanted: Tensor, moments: Tensor, started: Tensor | None = None, *, sweeps: int = 8) -> Tensor:
+def requantise(wanted: Tensor, moments: Tensor, started: Tensor, *, sweeps: int) -> Tensor:
     """MXFP4 values for `wanted [G, O, I]` that keep the outputs; all float32.
 
     `moments [G, I, I]` are the inputs' second moments, damped so that they are positive definite. `started
     [G, O, I]`, MXFP4 values, is another start: rows that it serves better than error feedback begin there.
+    At most so many `sweeps` of coordinate descent follow.
     """
-    values = _feed_errors_forward(wanted, moments)
-    if started is not None:
-        better = row_errors(started, wanted, moments) < row_errors(values, wanted, moments)
-        values = torch.where(better.unsqueeze(-1), started, values)
-    before = row_errors(values, wanted, moments).sum()
+    aim = wanted.mT.contiguous()
+    values, errors = _feed_errors_forward(aim, moments)
+    errors_started = row_errors(started, wanted, moments)
+    better = errors_started < errors
+    values = torch.where(better.unsqueeze(1), started.mT, values)
+    left = float(torch.where(better, errors_started, errors).sum())
+    off = values - aim
     for _ in range(sweeps):
-        _descend(values, wanted, moments)
-        after = row_errors(values, wanted, moments).sum()
-        if after >= before * (1 - ENOUGH):
+        gained = _descend(values, off, moments)
+        left -= gained
+        if gained <= ENOUGH * left:
             break
-        before = after
-    return values
+    return values.mT.contiguous()
 
 
 def row_errors(values: Tensor, wanted: Tensor, moments: Tensor) -> Tensor:
@@ -58,34 +62,36 @@ def row_errors(values: Tensor, wanted: Tensor, moments: Tensor) -> Tensor:
 
 def round_to_grid(values: Tensor) -> Tensor:
     """The nearest of MXFP4's values 0, 0.5, 1, 1.5, 2, 3, 4, 6 with sign; a tie goes to the even code."""
-    magnitude = values.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # The power of two at or below the magnitude, from its exponent's bits: many times faster than comparing.
+    magnitude = values.abs().clamp_(1, 4)
+    step = magnitude.view(torch.int32).bitwise_and_(EXPONENT_BITS).view(torch.float32).mul_(0.5)
     return (values / step).round_().mul_(step).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
 
 
-def _specified_exponent(block: Tensor) -> Tensor:
-    """The exponent that the MX specification gives a block `[..., 32]`, `[..., 1]`."""
-    largest = block.abs().amax(-1, keepdim=True)
-    return (torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT).clamp(min=SMALLEST_EXPONENT)
+def _units(block: Tensor) -> Tensor:
+    """The scales to try for `block [G, 32, O]`, `[G, C, O]`: first the MX specification's."""
+    largest = block.abs().amax(1, keepdim=True)
+    exponent = (torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT).clamp(min=SMALLEST_EXPONENT)
+    return torch.exp2(torch.cat([exponent, exponent + 1, exponent - 1], dim=1).float())
 
 
-def _feed_errors_forward(wanted: Tensor, moments: Tensor) -> Tensor:
-    """GPTQ over blocks, the ones with the largest inputs first, and so within each block."""
+def _feed_errors_forward(aim: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """GPTQ over blocks, the ones with the largest inputs first, and so within each block.
+
+    `aim [G, I, O]` -> values of that shape and the rows' errors `[G, O]`.
+    """
     order = _columns_by_energy(moments)  # [G, I]
-    rows = order.unsqueeze(-2).expand_as(wanted)
-    left = wanted.gather(-1, rows)
+    columns = order.unsqueeze(-1).expand_as(aim)
+    left = aim.gather(1, columns)
     spread = _error_spread(moments, order)
-    values = torch.empty_like(wanted)
-    for first in range(0, left.shape[-1], BLOCK):
-        columns = slice(first, first + BLOCK)
-        block = left[..., columns]
-        exponent = _specified_exponent(block)
-        tried = torch.stack([torch.exp2((exponent + up).float()) for up in (-1, 0, 1)])
-        chosen, error = _round_block(block, spread[:, columns, columns], tried)
-        values[..., columns] = chosen
-        if columns.stop < left.shape[-1]:
-            left[..., columns.stop :] -= error @ spread[:, columns, columns.stop :]
-    return torch.empty_like(values).scatter_(-1, rows, values)
+    values = torch.empty_like(aim)
+    total = aim.new_zeros(aim.shape[0], aim.shape[2])
+    for here in _blocks(aim.shape[1]):
+        values[:, here], error = _round_block(left[:, here], spread[:, here, here])
+        total += error.square().sum(1)
+        if here.stop < aim.shape[1]:
+            left[:, here.stop :].baddbmm_(spread[:, here, here.stop :].mT, error, alpha=-1)
+    return torch.empty_like(values).scatter_(1, columns, values), total
 
 
 def _columns_by_energy(moments: Tensor) -> Tensor:
@@ -111,56 +117,76 @@ def _error_spread(moments: Tensor, order: Tensor) -> Tensor:
     return spread
 
 
-def _round_block(block: Tensor, spread: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Round `block [G, O, 32]` in order with each of `scales [C, G, O, 1]`, keep the best for every row.
+def _round_block(block: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `block [G, 32, O]` in order on several scales, keep the best for every row.
 
-    Returns the values and the errors over the spread's diagonal, both `[G, O, 32]`: the square sum of these
-    is what GPTQ adds to the output error of the row.
+    Returns the values and the errors over the diagonal of `spread [G, 32, 32]`, both `[G, 32, O]`: the
+    square sum of these is what GPTQ adds to the output error of the row.
     """
-    left = block.expand(len(scales), *block.shape).clone()
-    values, errors = torch.empty_like(left), torch.empty_like(left)
-    unit = scales.squeeze(-1)
+    unit = _units(block)
+    values, errors = _tried(block, unit), _tried(block, unit)
     for j in range(BLOCK):
-        values[..., j] = round_to_grid(left[..., j] / unit) * unit
-        errors[..., j] = (left[..., j] - values[..., j]) / spread[:, j, j, None]
-        left[..., j + 1 :] -= errors[..., j, None] * spread[:, None, j, j + 1 :]
-    best = errors.square().sum(-1).argmin(0)
+        left = block[:, j, None] - _combined(spread[:, :j, j], errors)
+        values[:, j] = round_to_grid(left / unit) * unit
+        errors[:, j] = (left - values[:, j]) / spread[:, j, j, None, None]
+    best = errors.square().sum(1).argmin(1)
     return _pick(values, best), _pick(errors, best)
 
 
+def _tried(block: Tensor, unit: Tensor) -> Tensor:
+    """Room for what every scale makes of a block, `[G, 32, C, O]`."""
+    return block.new_empty(*block.shape[:2], *unit.shape[1:])
+
+
+def _combined(weights: Tensor, tried: Tensor) -> Tensor:
+    """Of the first j columns of `tried [G, 32, C, O]` the sum by `weights [G, j]`, `[G, C, O]`."""
+    first = tried[:, : weights.shape[1]].flatten(2)
+    return torch.bmm(weights.unsqueeze(1), first).view(tried.shape[0], *tried.shape[2:])
+
+
 def _pick(tried: Tensor, best: Tensor) -> Tensor:
-    """Of `tried [C, G, O, 32]` the entry `best [G, O]` of every row."""
-    return tried.gather(0, best[None, :, :, None].expand(1, *tried.shape[1:])).squeeze(0)
+    """Of `tried [G, 32, C, O]` the entry `best [G, O]` of every row, `[G, 32, O]`."""
+    index = best[:, None, None].expand(-1, tried.shape[1], 1, -1)
+    return tried.gather(2, index).squeeze(2)
 
 
-def _descend(values: Tensor, wanted: Tensor, moments: Tensor) -> None:
-    """One sweep of coordinate descent over all blocks, in place; no row's error grows."""
-    for columns in _blocks(values.shape[-1]):
-        slope = (values - wanted) @ moments[..., columns]  # half the gradient, [G, O, 32]
-        block = values[..., columns]
-        exponent = _specified_exponent(block)
-        # The first grid holds the current values: those of a coarser one with none over 3 are on it too.
-        tried = torch.stack([torch.exp2((exponent + up).float()) for up in (0, 1, -1)])
-        block.copy_(_descend_block(block, wanted[..., columns], slope, moments[:, columns, columns], tried))
+def _descend(values: Tensor, off: Tensor, moments: Tensor) -> float:
+    """One sweep of coordinate descent over all blocks of `values [G, I, O]`, in place.
+
+    `off [G, I, O]` is what the values are off by, and kept so. No row's error grows; returns by how much
+    their sum shrinks.
+    """
+    gained = 0.0
+    for here in _blocks(values.shape[1]):
+        slope = moments[:, here] @ off  # half the gradient, [G, 32, O]
+        moved, change = _descend_block(values[:, here], slope, moments[:, here, here])
+        values[:, here] += moved
+        off[:, here] += moved
+        gained -= float(change.sum())
+    return gained
 
 
 def _blocks(width: int) -> Iterator[slice]:
     return (slice(first, first + BLOCK) for first in range(0, width, BLOCK))
 
 
-def _descend_block(block: Tensor, wanted: Tensor, slope: Tensor, moments: Tensor, scales: Tensor) -> Tensor:
-    """The block with every column moved to its best value in turn, on the best of `scales [C, G, O, 1]`.
+def _descend_block(block: Tensor, slope: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Move every column of `block [G, 32, O]` to its best value in turn, on the best of several scales.
 
-    On a grid that holds the current values, a pass over the columns cannot make the error larger.
+    Returns the moves `[G, 32, O]` and what they change the rows' errors by, `[G, O]`. On a scale that holds
+    the current values a pass over the columns cannot make the error larger: that is the first that is tried,
+    or a coarser one, on which they are too if none is over 3.
     """
-    now = block.expand(len(scales), *block.shape).clone()
-    slopes = slope.expand_as(now).clone()
-    unit = scales.squeeze(-1)
+    unit = _units(block)
+    moved = _tried(block, unit)
+    change = torch.zeros_like(unit)
     for j in range(BLOCK):
-        best = now[..., j] - slopes[..., j] / moments[:, j, j, None]
-        moved = round_to_grid(best / unit) * unit - now[..., j]
-        now[..., j] += moved
-        slopes += moved.unsqueeze(-1) * moments[:, None, j, :]
-    # Of an error d H d, moving by m changes it by m (2 H d + H m), and slopes went from H d to H d + H m.
-    change = ((now - block) * (slope + slopes)).sum(-1)
-    return torch.where(change.amin(0).unsqueeze(-1) < 0, _pick(now, change.argmin(0)), block)
+        steep = slope[:, j, None] + _combined(moments[:, j, :j], moved)
+        curve = moments[:, j, j, None, None]
+        now = block[:, j, None]
+        moved[:, j] = round_to_grid((now - steep / curve) / unit) * unit - now
+        change += moved[:, j] * (2 * steep + curve * moved[:, j])
+    best = change.argmin(1)
+    least = change.gather(1, best.unsqueeze(1)).squeeze(1)
+    lower = least < 0
+    return _pick(moved, best) * lower.unsqueeze(1), least * lower

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from finetune.data.packing import NOT_LEARNED
 from finetune.export.layerwise import Network, Passage
+from finetune.export.streams import Version
 
 # Logits of so many tokens at once: 206 MB a version with the 201,088 words of gpt-oss.
 TOKENS_AT_ONCE = 256
 
 
 def measure(
-    network: Network, passages: Sequence[Passage], states: Mapping[str, Sequence[Tensor]]
+    network: Network, passages: Sequence[Passage], states: Mapping[Version, Sequence[Tensor]]
 ) -> dict[str, Any]:
     """Compare the versions `base`, `tuned` and `export` by their last layers' outputs, `[L, H]` a passage.
 

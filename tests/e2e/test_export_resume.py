@@ -57,7 +57,7 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(
         done.clear()
         result = CliRunner().invoke(app, [*words, str(tmp_path / out), *more])
         assert result.exit_code == 0, result.stderr
-        return list(done)
+        return list(dict.fromkeys(done))  # the last layer is read for every round of its fit
 
     assert export("undisturbed") == list(range(LAYERS))
     resumed = export("out")

@@ -38,15 +38,15 @@ def test_the_grid_is_that_of_the_number_format() -> None:
 
 def test_values_that_mxfp4_holds_stay_as_they_are() -> None:
     base, moments = base_and_moments()
-    assert torch.equal(requantise(base, moments, base), base)
-    assert torch.equal(requantise(base, moments), base)
+    assert torch.equal(requantise(base, moments, base, sweeps=8), base)
+    assert torch.equal(requantise(base, moments, torch.zeros_like(base), sweeps=0), base)
 
 
 def test_output_errors_are_less_than_half_of_those_of_nearest_rounding() -> None:
     base, moments = base_and_moments()
     for size in (0.01, 0.1):
         wanted = base + low_rank(size)
-        ours = row_errors(requantise(wanted, moments, base), wanted, moments).sum()
+        ours = row_errors(requantise(wanted, moments, base, sweeps=8), wanted, moments).sum()
         assert ours < 0.5 * row_errors(nearest(wanted), wanted, moments).sum()
 
 
@@ -54,12 +54,12 @@ def test_no_row_is_worse_than_its_start() -> None:
     base, moments = base_and_moments()
     wanted = base + low_rank(0.001)
     start = row_errors(base, wanted, moments)
-    assert (row_errors(requantise(wanted, moments, base), wanted, moments) <= start * (1 + 1e-5)).all()
+    assert (row_errors(requantise(wanted, moments, base, sweeps=8), wanted, moments) <= start * (1 + 1e-5)).all()
 
 
 def test_every_result_is_held_exactly() -> None:
     base, moments = base_and_moments()
-    values = requantise(base + low_rank(0.05), moments, base)
+    values = requantise(base + low_rank(0.05), moments, base, sweeps=8)
     assert torch.equal(nearest(values), values)
 
 
@@ -68,4 +68,4 @@ def test_columns_that_nothing_comes_in_through_are_rounded_all_the_same() -> Non
     moments[:, :40], moments[:, :, :40] = 0, 0
     moments.diagonal(dim1=-2, dim2=-1).add_(1e-3)
     wanted = base + low_rank(0.05)
-    assert (requantise(wanted, moments, base) - wanted).abs().max() < 0.2
+    assert (requantise(wanted, moments, base, sweeps=8) - wanted).abs().max() < 0.2

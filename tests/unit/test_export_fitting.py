@@ -1,0 +1,130 @@
+"""A layer of a merge, fitted to the streams that pass through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.export import fitting
+from finetune.export.fitting import Change, fit_layer
+from finetune.export.layerwise import Network, Passage
+from finetune.export.passages import Passages
+from finetune.export.refit import INWARD, OUTWARD, refit_attention
+from finetune.export.streams import Streams, Walk
+from finetune.model.expert_layer import Factors
+from tests.checkpoints import write_random_checkpoint
+
+EXPERTS, HIDDEN, INNER, RANK = 5, 96, 64, 2
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    shape = {"hidden": HIDDEN, "layers": 1, "experts": EXPERTS, "top_k": 2, "intermediate": INNER}
+    return Network(write_random_checkpoint(tmp_path / "base", **shape), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def passage(seed: int, length: int = 400) -> Passage:
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 200, (length,))
+    return Passage(ids, ids.roll(-1), torch.arange(length) % 50)
+
+
+def walk_of(network: Network) -> Walk:
+    return Walk.begin(network, Passages([passage(0), passage(1)], [passage(2)], "random words"))
+
+
+def merged_attention(network: Network, size: float) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    exact = {}
+    for name in (*INWARD, OUTWARD):
+        weights = network.checkpoint.read(f"model.layers.0.{name}").float()
+        exact[name] = weights + size * torch.randn_like(weights)
+    return exact
+
+
+def small_factors() -> dict[str, Factors]:
+    torch.manual_seed(4)
+
+    def factors(inputs: int, outputs: int) -> Factors:
+        a = torch.randn(EXPERTS, RANK, inputs) * inputs**-0.5
+        return Factors(a, 0.02 * torch.randn(EXPERTS, outputs, RANK))
+
+    return {"gate_up_proj": factors(HIDDEN, 2 * INNER), "down_proj": factors(INNER, HIDDEN)}
+
+
+@torch.inference_mode()
+def test_refitted_attention_mends_an_export_that_came_in_off(network: Network) -> None:
+    streams, exact = walk_of(network).calibration, merged_attention(network, 0.01)
+    off = torch.eye(HIDDEN) + 0.1 * torch.randn(HIDDEN, HIDDEN) * HIDDEN**-0.5
+    streams.at["export"] = [state @ off for state in streams.at["export"]]
+    layer = network.layer(0)
+    layer.replace(exact)
+    wanted = torch.cat(streams.attended(layer, "tuned"))
+    before = (torch.cat(streams.attended(layer, "export")) - wanted).square().mean()
+    found = refit_attention(layer, exact, streams, wanted, torch.ones(len(wanted)), torch.bfloat16)
+    after = (torch.cat(streams.attended(layer, "export")) - wanted).square().mean()
+    assert after < 0.5 * before
+    assert all(torch.equal(weights, weights.bfloat16().float()) for weights in found.values())
+
+
+@torch.inference_mode()
+def test_attention_that_came_in_right_stays_as_merged(network: Network) -> None:
+    streams, exact = walk_of(network).calibration, merged_attention(network, 0.01)
+    layer = network.layer(0)
+    layer.replace(exact)
+    wanted = torch.cat(streams.attended(layer, "tuned"))
+    found = refit_attention(layer, exact, streams, wanted, torch.ones(len(wanted)), torch.float32)
+    assert all((found[name] - exact[name]).abs().max() < 1e-5 for name in exact)
+
+
+@torch.inference_mode()
+def test_weights_that_the_adapter_leaves_are_not_fitted(network: Network) -> None:
+    streams = walk_of(network).calibration
+    exact = {OUTWARD: merged_attention(network, 0.01)[OUTWARD]}
+    layer = network.layer(0)
+    layer.replace(exact)
+    wanted = torch.cat(streams.attended(layer, "tuned"))
+    found = refit_attention(layer, exact, streams, wanted, torch.ones(len(wanted)), torch.bfloat16)
+    assert list(found) == [OUTWARD]
+
+
+def share_learned(streams: Streams) -> float:
+    base = streams.all("base")
+    wanted, made = streams.all("tuned") - base, streams.all("export") - base
+    return float((wanted * made).sum() / wanted.square().sum())
+
+
+@torch.inference_mode()
+def test_rounds_at_the_last_layer_make_up_for_what_rounding_swallows(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    for rounds in (1, fitting.ROUNDS):
+        monkeypatch.setattr(fitting, "ROUNDS", rounds)
+        walk = walk_of(network)
+        fit_layer(network, 0, Change({}, small_factors()), walk, sweeps=8)
+        shares.append(abs(1 - share_learned(walk.calibration)))
+    assert shares[1] < 0.8 * shares[0]
+
+
+@torch.inference_mode()
+def test_an_adapter_without_a_change_leaves_the_layer(network: Network) -> None:
+    walk = walk_of(network)
+    fitted = fit_layer(network, 0, Change({}, {}), walk, sweeps=8)
+    assert fitted.changed == 0 and not fitted.dense
+    for streams in walk:
+        assert torch.equal(streams.all("base"), streams.all("export"))
+        assert torch.equal(streams.all("base"), streams.all("tuned"))
+
+
+def test_a_walk_goes_on_from_its_states(network: Network) -> None:
+    walk, other = walk_of(network), walk_of(network)
+    with torch.inference_mode():
+        fit_layer(network, 0, Change({}, small_factors()), walk, sweeps=1)
+    other.resume(walk.states())
+    for streams, resumed in zip(walk, other, strict=True):
+        for version in ("base", "tuned", "export"):
+            assert torch.equal(streams.all(version), resumed.all(version))
