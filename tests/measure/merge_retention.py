@@ -1,19 +1,24 @@
 """What is left of an adapter in each export: nano learns stock codes, and every export answers held-out ones.
 
-    python -m tests.measure.merge_retention [--seeds 5] [--sizes small middle large] [--steps 150] [--record]
+    python -m tests.measure.merge_retention [--seeds 5] [--sizes small middle large] [--steps 150]
+                                            [--adapters DIR] [--jobs 1] [--record]
 
-Three learning rates give deltas of three sizes. Of the loss on held-out questions `kept` is the share of the
-tuned model's gain over the base; `kl` is to the tuned model, in nats a learned token; `right` is the share of
-answers that are exactly right, decoded greedily. A delta that vanishes in rounding counts as the base.
+Learning rates give deltas of several sizes: rounding to nearest keeps little of a small one, and nearly
+all of a large one. Of the loss on held-out questions `kept` is the share of the tuned model's gain over the
+base; `kl` is to the tuned model, in nats a learned token; `right` is the share of answers that are exactly
+right, decoded greedily. A delta that vanishes in rounding counts as the base. Adapters in DIR are kept there,
+and those that are there already are not trained again. The GGUF is read back by `finetune import`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from finetune.data import PackedDataset, prepare_data, read_conversations
 from finetune.errors import FinetuneError
 from finetune.evaluate.generation import generate
 from finetune.export import export
+from finetune.export.importing import import_model
 from finetune.model import add_lora, load_adapter, load_base, resolve, save_adapter
 from finetune.recipe import DataSpec, ModelSpec, Recipe, Source
 from tests.measure.conditions import record
@@ -123,47 +129,67 @@ def compare(found: Answers, base: Answers, tuned: Answers) -> dict[str, float]:
     return {"kept": kept, "kl": float(kl), "right": found.right}
 
 
-def one_seed(setting: Setting, size: str, steps: int, seed: int) -> dict[str, Any]:
+def exported(setting: Setting, adapter: Path, to: str, out: Path, calibrate: Path | None) -> Any:
+    """The model that an export holds; None where nothing of the adapter is left by rounding."""
+    try:
+        export(adapter, to, out, calibrate=calibrate, kept_at_least=NEVER_TOO_LITTLE)
+    except FinetuneError as error:
+        print(adapter.name, to, error, file=sys.stderr)
+        return None
+    if to == "gguf":
+        import_model(out, out / "back")
+        out = out / "back"
+    return load_base(out, dtype=torch.float32)
+
+
+def one_seed(setting: Setting, size: str, steps: int, seed: int, adapters: Path) -> dict[str, Any]:
     """Figures of the base and of every export."""
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = Path(folder) / "adapter"
+    torch.set_num_threads(1)
+    adapter = adapters / f"{size}-{seed}"
+    if not adapter.is_dir():
         tune(setting, LEARNING_RATES[size], steps, seed, adapter)
-        model = load_base(setting.base, dtype=torch.float32)
-        base = answers(setting, model)
-        tuned = answers(setting, load_adapter(model, adapter, base=setting.base))
-        figures = {"base": compare(base, base, tuned), "adapter": compare(tuned, base, tuned)}
+    model = load_base(setting.base, dtype=torch.float32)
+    base = answers(setting, model)
+    tuned = answers(setting, load_adapter(model, adapter, base=setting.base))
+    figures: dict[str, Any] = {"loss of base": base.loss, "loss tuned": tuned.loss}
+    figures |= {"base": compare(base, base, tuned), "adapter": compare(tuned, base, tuned)}
+    with tempfile.TemporaryDirectory() as folder:
         for name, to, calibrate in (
-            ("bf16", "bf16", None), ("mxfp4 nearest", "mxfp4", None), ("mxfp4", "mxfp4", TRAIN),
+            ("bf16", "bf16", None), ("mxfp4 nearest", "mxfp4", None),
+            ("mxfp4", "mxfp4", TRAIN), ("gguf", "gguf", TRAIN),
         ):  # fmt: skip
-            out = Path(folder) / name
-            try:
-                export(adapter, to, out, calibrate=calibrate, kept_at_least=NEVER_TOO_LITTLE)
-            except FinetuneError as error:
-                # Nothing of a small delta may be left by rounding, and that is not exported.
-                print(size, seed, name, error, file=sys.stderr)
-                figures[name] = figures["base"]
-                continue
-            figures[name] = compare(answers(setting, load_base(out, dtype=torch.float32)), base, tuned)
-        gain = {"loss of base": base.loss, "loss tuned": tuned.loss}
-    print(size, seed, json.dumps({**gain, **figures}), file=sys.stderr, flush=True)
-    return {**gain, **figures}
+            found = exported(setting, adapter, to, Path(folder) / name, calibrate)
+            figures[name] = compare(answers(setting, found), base, tuned) if found else figures["base"]
+    print(size, seed, json.dumps(figures), file=sys.stderr, flush=True)
+    return figures
 
 
-def measure(sizes: list[str], seeds: int, steps: int, cache: Path) -> dict[str, Any]:
+def measure(
+    sizes: list[str], seeds: int, steps: int, jobs: int, cache: Path, adapters: Path
+) -> dict[str, Any]:
     """All sizes: every seed's figures, and means over the seeds."""
     setting = Setting.make(cache)
     figures: dict[str, Any] = {"rank": RANK, "steps": steps, "learning_rates": LEARNING_RATES}
-    for size in sizes:
-        found = [one_seed(setting, size, steps, seed) for seed in range(seeds)]
-        versions = [name for name, value in found[0].items() if isinstance(value, dict)]
-        mean = {
-            name: {
-                figure: statistics.mean(f[name][figure] for f in found) for figure in ("kept", "kl", "right")
-            }
-            for name in versions
+    # Prepared once, so that processes beside each other find it.
+    prepare_data(setting.recipe, setting.encoder, cache_dir=cache)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {
+            size: [pool.submit(one_seed, setting, size, steps, seed, adapters) for seed in range(seeds)]
+            for size in sizes
         }
-        figures[size] = {"mean": mean, "seeds": found}
+        for size, running in tasks.items():
+            found = [task.result() for task in running]
+            figures[size] = {"mean": means(found), "seeds": found}
     return figures
+
+
+def means(found: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of every version's figures, over the seeds."""
+    versions = [name for name, value in found[0].items() if isinstance(value, dict)]
+    return {
+        name: {figure: statistics.mean(f[name][figure] for f in found) for figure in ("kept", "kl", "right")}
+        for name in versions
+    }
 
 
 def main() -> None:
@@ -171,10 +197,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--adapters", type=Path, help="where trained adapters are kept")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of a thread each")
     parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
-        figures = measure(options.sizes, options.seeds, options.steps, Path(cache))
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = options.adapters or Path(folder)
+        adapters.mkdir(parents=True, exist_ok=True)
+        figures = measure(
+            options.sizes, options.seeds, options.steps, options.jobs, Path(folder) / "cache", adapters
+        )
     print(json.dumps({size: figures[size]["mean"] for size in options.sizes}, indent=2))
     if options.record:
         command = f"python -m tests.measure.merge_retention --seeds {options.seeds} --steps {options.steps}"
