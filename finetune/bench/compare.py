@@ -23,6 +23,7 @@ from finetune.bench.work import Measured, Routing, Side, Work
 from finetune.errors import FinetuneError
 from finetune.model import add_lora, load_base, resolve, save_adapter
 from finetune.model.checkpoint import inspect_checkpoint
+from finetune.model.cpu_settings import ask_for_large_pages
 from finetune.predict import RELEASED, Machine, Shape, Workload, predict_memory, predict_speed, this_machine
 from finetune.predict.here import CPU_IMPORTS
 from finetune.predict.speed import useful_flops
@@ -32,7 +33,7 @@ Opponent = Literal["trl", "unsloth"]
 # lora_B begins as zeros, which leaves lora_A without a gradient to compare: these are of a trained size.
 ADAPTER_STD = 0.02
 # Steps before the ones that count: buffers grow, and the moments are made.
-WARM_UP = 3
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def bench(
         FinetuneError: an opponent is not installed, the base's sizes are not known, or the disk is too small.
     """
     opponents = [_opponent(name) for name in against]
+    ask_for_large_pages()  # for both sides, whose processes inherit it
     config = config or _config(recipe)
     shape, machine = Shape.of(config), this_machine()
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:

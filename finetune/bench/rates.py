@@ -1,13 +1,12 @@
 """What this machine's processor does a second, measured in a moment: `python -m finetune.bench.rates`.
 
-Products and decoding go through more weights than a cache holds, as training does. A rate is the median of
-some tries.
+Products and decoding go through more weights than a cache holds, as training does. A rate is the best of some
+tries, as what else runs on the machine can only slow one down.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -17,18 +16,20 @@ import torch
 
 from finetune.model.mxfp4 import dequantise_mxfp4
 
-TRIES = 5
+TRIES = 8
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 # An expert's share of a step, and matrices such as an expert has.
 ROWS, INPUTS, OUTPUTS = 256, 1024, 2048
 # Larger than the caches of a processor's share of cores.
 BYTES = 1 << 26
+# finetune/model/cpu_settings.py: 2048 x 1024 logits in float32.
+TILE = 1 << 23
 # What a group of experts decodes at once (finetune/model/experts.py).
 DECODED = 1 << 22
 
 
-def median_seconds(work: Callable[[], object], times: int = 1) -> float:
-    """Seconds that `work` takes, in runs of `times` calls."""
+def best_seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds that `work` takes at best, in runs of `times` calls."""
     work()
     seconds = []
     for _ in range(TRIES):
@@ -36,7 +37,7 @@ def median_seconds(work: Callable[[], object], times: int = 1) -> float:
         for _ in range(times):
             work()
         seconds.append((time.perf_counter() - began) / times)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def measure() -> dict[str, object]:
@@ -66,7 +67,7 @@ def _matrix(dtype: torch.dtype) -> float:
         torch.mm(rows, matrix.t(), out=out)
         torch.mm(out, matrix, out=back)
 
-    return 4 * ROWS * INPUTS * OUTPUTS / median_seconds(there_and_back, times=4)
+    return 4 * ROWS * INPUTS * OUTPUTS / best_seconds(there_and_back, times=4)
 
 
 def _attention(dtype: torch.dtype) -> float:
@@ -80,29 +81,30 @@ def _attention(dtype: torch.dtype) -> float:
         scores = (query @ key.transpose(-1, -2)).float().mul_(0.125).masked_fill_(hidden, -1.0)
         return scores.sub_(scores.logsumexp(-1, keepdim=True)).exp_().to(dtype) @ key
 
-    return 4 * heads * queries * keys * size / median_seconds(block, times=4)
+    return 4 * heads * queries * keys * size / best_seconds(block, times=4)
 
 
 def _bandwidth() -> float:
-    values = torch.ones(BYTES // 4)
-    return 2 * BYTES / median_seconds(lambda: values.mul_(1.0))
+    """Of values as many as a tile of logits has, which is also what rows of an expert are."""
+    values = torch.ones(TILE // 4)
+    return 2 * TILE / best_seconds(lambda: values.mul_(1.0), times=4)
 
 
 def _fresh() -> float:
-    return BYTES / median_seconds(lambda: torch.empty(BYTES // 4).fill_(1.0))
+    return BYTES / best_seconds(lambda: torch.empty(BYTES // 4).fill_(1.0))
 
 
 def _decode(dtype: torch.dtype) -> float:
     blocks = cycle([torch.randint(0, 256, (1, 1, DECODED // 32, 16), dtype=torch.uint8) for _ in range(8)])
     scales = torch.randint(120, 128, (1, 1, DECODED // 32), dtype=torch.uint8)
     out = torch.empty(1, 1, DECODED, dtype=dtype)
-    return DECODED / median_seconds(lambda: dequantise_mxfp4(next(blocks), scales, dtype, out=out), times=2)
+    return DECODED / best_seconds(lambda: dequantise_mxfp4(next(blocks), scales, dtype, out=out), times=2)
 
 
 def _call(dtype: torch.dtype) -> float:
     rows, out = torch.ones(8, 32, dtype=dtype), torch.empty(8, 32, dtype=dtype)
     matrix = torch.ones(32, 32, dtype=dtype)
-    return median_seconds(lambda: torch.mm(rows, matrix, out=out), times=300)
+    return best_seconds(lambda: torch.mm(rows, matrix, out=out), times=300)
 
 
 def _processor() -> str:

@@ -24,6 +24,7 @@ from finetune.bench.work import Measured, Side, Work
 from finetune.model import load_adapter, load_base
 from finetune.model.attention import NAME as PACKED_ATTENTION
 from finetune.model.attention import use_packed_attention
+from finetune.model.cpu_settings import score_in_small_tiles
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -38,6 +39,8 @@ def run(side: Side, work: Work, gradients: Path) -> Measured:
     cuda = torch.cuda.is_available()
     libraries = resident_gib("VmRSS")
     model = _model(side, work)
+    if not cuda:
+        score_in_small_tiles()
     if work.routing == "balanced":
         balance(model)
     loading = _peak_gb(cuda)

@@ -10,8 +10,11 @@ first one (every gradient is there).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from finetune.model.cpu_settings import HEAD_TOKENS as CPU_HEAD_TOKENS
+from finetune.model.cpu_settings import HEAD_VOCABULARY as CPU_HEAD_WORDS
 from finetune.predict.machines import Machine
 from finetune.predict.shape import PACKED_BYTES, Shape
 from finetune.predict.workload import Workload
@@ -35,6 +38,10 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 # float32 tiles alive at once in its backward without Triton: y, z, log p, p, the gradient, and two of an
 # expression; with Triton they stay in registers.
 HEAD_TILES = 7.25
+# Blocks from this size on, malloc maps by themselves.
+MAPPED = 32 << 20
+# Programs and packed operands that oneDNN keeps for products in bf16.
+ONEDNN = 0.07e9
 # Queries of one block of attention on a CPU (finetune/model/attention.py), and the float32 blocks alive there
 # at once: scores, probabilities and their gradients.
 ATTENTION_QUERIES, ATTENTION_BLOCKS = 128, 4
@@ -91,15 +98,30 @@ def predict_memory(shape: Shape, work: Workload, machine: Machine) -> Memory:
         "dense": _dense(shape, work, on_cpu),
         "adapter": 4.0 * trained,
         "optimizer": MOMENTS[work.optimizer] * trained,
-        "libraries": machine.libraries,
+        "libraries": machine.libraries + (ONEDNN if on_cpu and work.bytes == 2 else 0.0),
     }
     allocator = machine.slack * (activations + logits)
+    if on_cpu:
+        small = [sum(_small(shape, work, moment)) for moment in moments.values()]
+        allocator += max(small) - sum(_small(shape, work, moments[when]))
     others = sum(fixed.values()) + activations + gradients + logits + allocator
     scratch = _cpu_scratch(shape, work) if on_cpu else _cuda_scratch(shape, work, machine.memory - others)
     return Memory(
         **fixed, gradients=gradients, activations=activations, scratch=scratch, logits=logits,
         allocator=allocator, when=when,
     )  # fmt: skip
+
+
+def _small(shape: Shape, work: Workload, moment: tuple[float, float, float]) -> Iterator[float]:
+    """What a moment holds in tensors that malloc keeps on its heap: glibc maps blocks of 32 MiB and more by
+    themselves and gives them back at once, and keeps the rest for what is to come (mallopt(3))."""
+    activations, gradients, logits = moment
+    if work.tokens * shape.hidden * work.bytes < MAPPED:
+        yield activations
+    if 4 * work.rank * shape.experts * max(shape.hidden, 2 * shape.intermediate) < MAPPED:
+        yield gradients
+    if 4 * math.prod(_head_tile(shape, work, True)) < MAPPED:
+        yield logits
 
 
 def host_bytes(shape: Shape, work: Workload) -> float:
@@ -172,14 +194,14 @@ def _padded(work: Workload) -> int:
 def _kept_of_a_layer(shape: Shape, work: Workload) -> float:
     """What one layer keeps until its backward: selective recomputation, or everything.
 
-    With recomputation: the layer's input, the stream between its halves and the experts' input, and the order
-    of the rows (four int64 of N). Without: also what the norms and LoRA's float32 inputs hold on to, queries,
-    keys, values and the attention's output.
+    With recomputation: the layer's input and the stream between its halves (and, where they go to the host,
+    the experts' input), and the order of the rows (four int64 of N). Without: the experts' input,
+    what the norms and LoRA's float32 inputs hold on to, queries, keys, values and the attention's output.
     """
     t, b, rows = work.tokens, work.bytes, work.tokens * shape.top_k
     routing = rows * (4 * 8 + b)
     if work.checkpointing:
-        return float(3 * t * shape.hidden * b + routing)
+        return float((3 if work.offloaded else 2) * t * shape.hidden * b + routing)
     return float(3 * t * shape.hidden * b + routing) + _attention_kept(shape, work)
 
 
@@ -226,7 +248,12 @@ def _head_rows(shape: Shape, work: Workload) -> float:
 
 
 def _head_tiles(shape: Shape, work: Workload, on_cpu: bool) -> float:
-    rows = min(work.tokens * work.learned, HEAD_TOKENS)
-    words = min(shape.vocab, HEAD_WORDS)
+    rows, words = _head_tile(shape, work, on_cpu)
     tiles = HEAD_TILES * 4 if on_cpu else 0.0
     return rows * words * (work.bytes + tiles)
+
+
+def _head_tile(shape: Shape, work: Workload, on_cpu: bool) -> tuple[float, int]:
+    """Tokens and words of the vocabulary that the head scores at once."""
+    tokens, words = (CPU_HEAD_TOKENS, CPU_HEAD_WORDS) if on_cpu else (HEAD_TOKENS, HEAD_WORDS)
+    return min(work.tokens * work.learned, tokens), min(shape.vocab, words)

@@ -9,6 +9,7 @@ forward and 5 backward (Dao et al. 2022), so 2 + 2 + 5 with recomputation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,19 @@ from finetune.predict.workload import Workload
 
 # Experts that the budget of a GPU's scratch decodes at once: 2 GiB with their rows.
 CUDA_GROUP = 16
+
+# On processors, parts of the rates that are measured alone (finetune/bench/rates.py) which training reaches,
+# with cold caches and rows in pieces; fitted to tests/measure/prediction.py on two cores of a Zen 5.
+CPU_SHARES = {
+    "products": 0.58, "scores": 0.42, "decode": 0.55, "bandwidth": 0.66, "logits": 1.0, "calls": 0.23,
+}  # fmt: skip
+# Bytes a row of an expert, a multiple of I and one of H, and values of H a token, that are read and written
+# between products, forward and backward (finetune/model/cpu.py); passes over the logits in float32.
+CPU_ROW, CPU_TOKEN, CPU_HEAD_PASSES = (280, 60), 60, 14
+# Products of an expert's rows, LoRA's included; other operations of a layer, of a group of experts and of a
+# block of queries, and the seconds that one takes with memory of its own.
+CPU_EXPERT_CALLS, CPU_LAYER_CALLS, CPU_GROUP_CALLS, CPU_BLOCK_CALLS = 16, 400, 70, 12
+CPU_CALL = 40e-6
 
 Limit = Literal["compute", "memory traffic", "host"]
 
@@ -66,32 +80,64 @@ class Speed:
 
 def predict_speed(shape: Shape, work: Workload, machine: Machine) -> Speed:
     """A step of `work.passes` passes and one update."""
-    matrix, tokens = machine.matrix[work.dense], work.tokens
-    products = tokens * _product_flops(shape, work)
-    score_products = 9 if work.checkpointing else 7
-    scores = tokens * score_products * _score_flops(shape, work, on_cpu=machine.kind == "cpu")
-    decoded = 2 * shape.expert_weights if shape.packed else 0
+    parts = _cpu_pass(shape, work, machine) if machine.kind == "cpu" else _cuda_pass(shape, work, machine)
+    parts = [Part(part.name, part.seconds * work.passes, part.limit) for part in parts]
+    parts.append(Part("update", _update_bytes(shape, work) / machine.bandwidth, "memory traffic"))
+    tokens = work.tokens * work.passes
+    return Speed(tokens, parts, tokens * useful_flops(shape, work))
+
+
+def _cuda_pass(shape: Shape, work: Workload, machine: Machine) -> list[Part]:
+    """One pass on a GPU; launches and copies from the host run beside it and count where it waits."""
+    tokens = work.tokens
+    products = tokens * (_product_flops(shape, work) + _head_flops(shape, work))
+    scores = tokens * _score_products(work) * _score_flops(shape, work, on_cpu=False)
+    traffic = _elementwise_bytes(shape, work) / machine.bandwidth
     parts = [
-        Part("products", work.passes * products / matrix, "compute"),
-        Part("attention scores", work.passes * scores / machine.attention[work.dense], "compute"),
-        Part("decoding experts", work.passes * decoded / machine.decode[work.dense], "memory traffic"),
+        Part("products", products / machine.matrix[work.dense], "compute"),
+        Part("attention scores", scores / machine.attention[work.dense], "compute"),
+        Part("decoding experts", _decoded(shape) / machine.decode[work.dense], "memory traffic"),
+        Part("between products", traffic, "memory traffic"),
+    ]
+    busy = sum(part.seconds for part in parts)
+    if work.from_host and machine.link:
+        # Every expert comes once forward and once backward.
+        parts.append(Part("experts", max(0.0, 2 * packed_bytes(shape) / machine.link - busy), "host"))
+    tiles = max(1, tokens * work.learned / HEAD_TOKENS) * max(1, shape.vocab / HEAD_WORDS)
+    calls = shape.layers * (250 + 90 * shape.experts / CUDA_GROUP) + 40 * tiles
+    parts.append(Part("launches", max(0.0, calls * machine.call[work.dense] - busy), "host"))
+    return parts
+
+
+def _cpu_pass(shape: Shape, work: Workload, machine: Machine) -> list[Part]:
+    """One pass on a processor, where everything waits for everything else."""
+    tokens, dense = work.tokens, work.dense
+    matrix, wide = machine.matrix[dense], machine.matrix["float32"]
+    products = tokens * _product_flops(shape, work) / matrix
+    # The last of the head's three products is made in float32 (trl/kernels/chunked_logprob.py).
+    head = tokens * _head_flops(shape, work) * (2 / 3 / matrix + 1 / 3 / wide)
+    scores = tokens * _score_products(work) * _score_flops(shape, work, on_cpu=True)
+    rows = tokens * shape.top_k * (CPU_ROW[0] * shape.intermediate + CPU_ROW[1] * shape.hidden)
+    streams = tokens * CPU_TOKEN * shape.hidden * work.bytes
+    tiles = tokens * work.learned * shape.vocab * 4 * CPU_HEAD_PASSES
+    experts = shape.layers * shape.experts
+    blocks = shape.layers * math.ceil(tokens / ATTENTION_QUERIES) * (3 if work.checkpointing else 2)
+    groups = experts / group_experts(shape)
+    small = CPU_LAYER_CALLS * shape.layers + CPU_GROUP_CALLS * groups + CPU_BLOCK_CALLS * blocks
+    share = CPU_SHARES
+    return [
+        Part("products", (products + head) / share["products"], "compute"),
+        Part("attention scores", scores / machine.attention[dense] / share["scores"], "compute"),
+        Part("decoding experts", _decoded(shape) / machine.decode[dense] / share["decode"], "memory traffic"),
+        Part("logits", tiles / machine.fresh / share["logits"], "memory traffic"),
         Part(
             "between products",
-            work.passes * _elementwise_bytes(shape, work) / machine.bandwidth,
+            (shape.layers * (rows + streams)) / machine.bandwidth / share["bandwidth"],
             "memory traffic",
         ),
-        Part("update", _update_bytes(shape, work) / machine.bandwidth, "memory traffic"),
+        Part("products' calls", experts * CPU_EXPERT_CALLS * machine.call[dense] / share["calls"], "host"),
+        Part("other calls", small * CPU_CALL, "host"),
     ]
-    if work.from_host and machine.link:
-        # Every expert comes once forward and once backward, beside what is computed meanwhile.
-        transfer = work.passes * 2 * packed_bytes(shape) / machine.link
-        parts.append(Part("waiting for experts", max(0.0, transfer - sum(p.seconds for p in parts)), "host"))
-    host = work.passes * _calls(shape, work, machine) * machine.call[work.dense]
-    if machine.kind == "cuda":
-        # Launches run ahead of the device: they count only where it waits for them.
-        host = max(0.0, host - sum(part.seconds for part in parts))
-    parts.append(Part("host", host, "host"))
-    return Speed(tokens * work.passes, parts, work.passes * tokens * useful_flops(shape, work))
 
 
 def useful_flops(shape: Shape, work: Workload) -> float:
@@ -106,14 +152,27 @@ def useful_flops(shape: Shape, work: Workload) -> float:
 
 
 def _product_flops(shape: Shape, work: Workload) -> float:
-    """FLOPs a token in products with weights, recomputation included."""
+    """FLOPs a token in products with the layers' weights, recomputation included."""
     times = 3 if work.checkpointing else 2
     attention = times * (shape.attention_matrix + shape.experts * shape.hidden)
     experts = 8 / 3 * shape.top_k * shape.expert_matrix
-    head = 3 * work.learned * shape.vocab * shape.hidden
     # Forward, recomputed, for the input's gradient and for their own.
     lora = (times + 1) * _active_lora(shape, work)
-    return 2 * (shape.layers * (attention + experts) + head + lora)
+    return 2 * (shape.layers * (attention + experts) + lora)
+
+
+def _head_flops(shape: Shape, work: Workload) -> float:
+    """FLOPs a token in the output head, whose tiles are recomputed."""
+    return 2.0 * 3 * work.learned * shape.vocab * shape.hidden
+
+
+def _score_products(work: Workload) -> int:
+    return 9 if work.checkpointing else 7
+
+
+def _decoded(shape: Shape) -> int:
+    """Weights decoded in a pass, forward and backward."""
+    return 2 * shape.expert_weights if shape.packed else 0
 
 
 def _active_lora(shape: Shape, work: Workload) -> float:
@@ -149,10 +208,3 @@ def _update_bytes(shape: Shape, work: Workload) -> float:
     """AdamW reads gradient, weight and moments and writes the last two; clipping, the gradients."""
     trained = shape.lora_weights(work.rank, work.targets)
     return trained * (4 + 2 * 4 + 2 * MOMENTS[work.optimizer] + 3 * 4)
-
-
-def _calls(shape: Shape, work: Workload, machine: Machine) -> float:
-    """Operations of a pass: of a layer, of each of its groups of experts, and of the head's tiles."""
-    groups = shape.experts / (group_experts(shape) if machine.kind == "cpu" else CUDA_GROUP)
-    tiles = max(1, work.tokens * work.learned / HEAD_TOKENS) * max(1, shape.vocab / HEAD_WORDS)
-    return shape.layers * (250 + 90 * groups) + 40 * tiles

@@ -1,24 +1,30 @@
 """What `finetune check` predicts against what training takes on this machine's CPU: memory and speed.
 
-    python -m tests.measure.prediction [--only WORD] [--steps 5] [--record]
+    python -m tests.measure.prediction [--only WORD] [--steps 5] [--again] [--record]
 
-Random weights of several sizes, contexts, ranks and dtypes. Memory is what a process peaks at, over what it
-holds after its imports and with it; speed is that of the median step. With --record a table of all points so
-far is kept in runs/reference/prediction.json, so that --only can add to it.
+Random weights of several sizes, contexts, ranks and dtypes. Memory is what a process peaks at, with and
+without what it holds after its imports; speed is that of the median step. runs/reference/prediction.json
+keeps the measurements: --only makes some of them anew, --again none. All are predicted again from the
+machine's rates, which are measured at the beginning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
+from finetune.predict import Machine, Shape, Workload, predict_memory, predict_speed, this_machine
 from finetune.recipe import Recipe
 from tests.measure.conditions import REFERENCE, record
 from tests.measure.random_size import config_of, measure, recipe_of
 
 COMMAND = "python -m tests.measure.prediction --record"
+KINDS = ("memory_gb", "memory_over_imports_gb", "tokens_per_second")
 
 
 def points() -> Iterator[tuple[str, Recipe, dict[str, Any]]]:
@@ -50,25 +56,39 @@ def points() -> Iterator[tuple[str, Recipe, dict[str, Any]]]:
     yield "without recomputation", recipe_of(1024, 8, "float32", checkpointing=False), config_of()
 
 
-def compare(figures: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    recipe: Recipe, config: dict[str, Any], measured: dict[str, Any], machine: Machine
+) -> dict[str, Any]:
     """One point: predicted, measured, and by how much the first is off."""
-    predicted, measured = figures["predicted"], figures["natural"]["finetune"]
+    shape, work = Shape.of(config), Workload.of(recipe)
+    memory, speed = predict_memory(shape, work, machine), predict_speed(shape, work, machine)
+    imports = measured["libraries_gb"]
+    total, peak = memory.total / 1e9, measured["peak_gb"]
     pairs = {
-        "memory_gb": (predicted["memory_bytes"]["total"] / 1e9, measured["peak_gb"]),
-        "memory_over_imports_gb": (predicted["memory_gb"], measured["memory_gb"]),
-        "tokens_per_second": (predicted["tokens_per_second"], measured["tokens_per_second"]),
+        "memory_gb": (total, peak),
+        "memory_over_imports_gb": (total - imports, peak - imports),
+        "tokens_per_second": (speed.tokens_per_second, measured["tokens_per_second"]),
     }
-    return {
+    off = {
         key: {"predicted": round(a, 4), "measured": round(b, 4), "off": round(a / b - 1, 4)}
         for key, (a, b) in pairs.items()
-    } | {"step_seconds": measured["step_seconds"], "memory_bytes": predicted["memory_bytes"]}
+    }
+    parts = {part.name: round(part.seconds, 4) for part in speed.parts}
+    return {**off, "predicted_memory": memory.to_dict(), "predicted_seconds": parts, "measured": measured}
+
+
+def measured_point(recipe: Recipe, config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What is kept of a measurement."""
+    figures = measure(recipe, config, steps=steps)
+    ours = figures["natural"]["finetune"]
+    keys = ("tokens_per_second", "step_seconds", "peak_gb", "libraries_gb")
+    return {key: ours[key] for key in keys}
 
 
 def worst(table: dict[str, Any]) -> dict[str, float]:
     """The largest error of each kind, and how many points are within 10%."""
-    kinds = ("memory_gb", "memory_over_imports_gb", "tokens_per_second")
     found: dict[str, float] = {"points": len(table)}
-    for kind in kinds:
+    for kind in KINDS:
         errors = [abs(point[kind]["off"]) for point in table.values()]
         found[f"worst, {kind}"] = max(errors)
         found[f"within 10%, {kind}"] = sum(error <= 0.1 for error in errors)
@@ -79,23 +99,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", metavar="WORD", help="points with this in their name")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="measure nothing, predict anew")
     parser.add_argument("--record", action="store_true", help="keep the table under runs/reference/")
     options = parser.parse_args()
     file = REFERENCE / "prediction.json"
     table: dict[str, Any] = json.loads(file.read_text())["figures"]["table"] if file.is_file() else {}
-    machine: dict[str, Any] = {}
-    for name, recipe, config in points():
-        if options.only in name:
-            figures = measure(recipe, config, steps=options.steps)
-            machine, table[name] = figures["machine"], compare(figures)
-            off = {
-                kind: f"{p['off']:+.1%}"
-                for kind, p in table[name].items()
-                if isinstance(p, dict) and "off" in p
-            }
-            print(name, off, flush=True)
-            if options.record:
-                record("prediction", COMMAND, {"worst": worst(table), "machine": machine, "table": table})
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FINETUNE_CACHE"] = folder  # so that the rates are those of now
+        machine = this_machine()
+        for name, recipe, config in points():
+            measured = table.get(name, {}).get("measured")
+            if options.only in name and not options.again:
+                measured = measured_point(recipe, config, options.steps)
+            if measured:
+                table[name] = compare(recipe, config, measured, machine)
+                print(name, {kind: f"{table[name][kind]['off']:+.1%}" for kind in KINDS}, flush=True)
+    if options.record:
+        record("prediction", COMMAND, {"worst": worst(table), "machine": asdict(machine), "table": table})
     print(json.dumps(worst(table), indent=2))
 
 
