@@ -62,7 +62,10 @@ def launch(
         emit(prove(probes, lambda one: complete(address, command.model, one.prompt, one.tokens)))
         emit(f"ready at {address.url}: ask for the model {command.model!r}")
         if ready:
-            ready(address.url, [command.model, *(name for name in target.adapters if name != target.name)])
+            # What SGLang wants before the name of an adapter, it wants before each.
+            before = command.model.removesuffix(target.name)
+            others = [before + name for name in target.adapters if name != target.name]
+            ready(address.url, [command.model, *others])
         try:
             return process.wait()
         except KeyboardInterrupt:

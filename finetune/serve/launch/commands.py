@@ -158,16 +158,9 @@ def _llama_server(target: Target, address: Address, gpus: Gpus) -> Command | Non
 
 def _llama_python(target: Target, address: Address, gpus: Gpus) -> Command:
     words = ["python", "-m", "llama_cpp.server", "--model", target.model, "--model_alias", target.name]
-    words += [
-        "--host",
-        address.host,
-        "--port",
-        str(address.port),
-        "--n_ctx",
-        str(address.context or LLAMA_CONTEXT),
-    ]
+    words += ["--host", address.host, "--port", str(address.port)]
     # It would keep the logits of every position of the context.
-    words += ["--logits_all", "false"]
+    words += ["--n_ctx", str(address.context or LLAMA_CONTEXT), "--logits_all", "false"]
     if gpus.count:
         words += ["--n_gpu_layers", "-1"]
     words += [word for path in target.adapters.values() for word in ("--lora_path", str(path))]
