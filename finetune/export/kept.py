@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # How far a measured share may be from the stated one: float32 in another order may route a token elsewhere,
 # and llama.cpp's rounded YaRN does to base, tuned model and export alike.
 SHARE_LIMIT = 0.02
+# With dense tensors in Q8_0, whose cost is not in what is stated: 0.022 was seen on random weights.
+Q8_0_SHARE_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Row:
 class Kept:
     """Shares of the tuned model's gain and change that are left; the first is None where it gains nothing.
 
-    `stated_gain` and `stated_change` are what the export says, where it was measured on the same rows.
+    `stated_gain` and `stated_change` are what the export says, where it was measured on the same rows;
+    `allowed` is how far from it another program may be.
     """
 
     tokens: int
@@ -45,6 +48,7 @@ class Kept:
     same_greedy_word: float
     stated_gain: float | None
     stated_change: float | None
+    allowed: float = SHARE_LIMIT
 
     @property
     def as_stated(self) -> bool:
@@ -52,7 +56,7 @@ class Kept:
         pairs = ((self.gain, self.stated_gain), (self.change, self.stated_change))
         # A NaN fails the comparison.
         return all(
-            stated is None or (found is not None and abs(found - stated) <= SHARE_LIMIT)
+            stated is None or (found is not None and abs(found - stated) <= self.allowed)
             for found, stated in pairs
         )
 
@@ -74,7 +78,13 @@ def rows_of_sequences(sequences: Sequence[Sequence[int]]) -> Iterator[Row]:
 
 
 def measure_kept(
-    rows: Sequence[Row], base: Logits, tuned: Logits, judge: Logits, stated: Mapping[str, Any] | None
+    rows: Sequence[Row],
+    base: Logits,
+    tuned: Logits,
+    judge: Logits,
+    stated: Mapping[str, Any] | None,
+    *,
+    allowed: float = SHARE_LIMIT,
 ) -> Kept:
     """Ask all three about every row; `stated` is what `retention.measure` returned for the same rows."""
     totals = dict.fromkeys(("tokens", "base", "tuned", "judge", "kl_base", "kl_judge", "same"), 0.0)
@@ -100,4 +110,5 @@ def measure_kept(
         same_greedy_word=totals["same"] / totals["tokens"],
         stated_gain=stated["gain_kept"] if stated else None,
         stated_change=stated["change_kept"] if stated else None,
+        allowed=allowed,
     )

@@ -111,13 +111,14 @@ def as_bytes(tensor: Tensor) -> memoryview:
 class Background:
     """Writes to a file and sums up what it writes, in threads of their own, while the next piece is made."""
 
-    # Pieces that may wait: with more, memory grows where the disk is slow.
-    WAITING = 4
+    # Bytes that may wait, so that neither side stands still while the other's disk does.
+    WAITING = 256 << 20
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._digest = stream, hashlib.sha256()
         self._writing, self._summing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._waiting: deque[tuple[Future[int], Future[None]]] = deque()
+        self._waiting: deque[tuple[int, Future[int], Future[None]]] = deque()
+        self._bytes = 0
 
     def __enter__(self) -> Background:
         return self
@@ -128,13 +129,11 @@ class Background:
         Raises:
             OSError: of this write or an earlier one.
         """
-        if len(self._waiting) >= self.WAITING:
+        while self._bytes > self.WAITING:
             self._wait_for_one()
-        tasks = (
-            self._writing.submit(self._stream.write, content),
-            self._summing.submit(self._digest.update, content),
-        )
-        self._waiting.append(tasks)
+        written = self._writing.submit(self._stream.write, content)
+        self._waiting.append((len(content), written, self._summing.submit(self._digest.update, content)))
+        self._bytes += len(content)
         return len(content)
 
     def sha256(self) -> str:
@@ -144,8 +143,10 @@ class Background:
         return self._digest.hexdigest()
 
     def _wait_for_one(self) -> None:
-        for task in self._waiting.popleft():
-            task.result()
+        size, written, summed = self._waiting.popleft()
+        self._bytes -= size
+        written.result()
+        summed.result()
 
     def __exit__(self, *_: object) -> None:
         for thread in (self._writing, self._summing):

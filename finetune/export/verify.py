@@ -24,7 +24,15 @@ from finetune.export.judges import (
     transformers_logits,
     why_not,
 )
-from finetune.export.kept import Kept, Row, measure_kept, rows_of, rows_of_sequences
+from finetune.export.kept import (
+    Q8_0_SHARE_LIMIT,
+    SHARE_LIMIT,
+    Kept,
+    Row,
+    measure_kept,
+    rows_of,
+    rows_of_sequences,
+)
 from finetune.export.passages import find_passages
 from finetune.export.prompts import Prompts, find_prompts
 from finetune.export.reading import read_back
@@ -83,7 +91,8 @@ def verify(where: str | Path, *, against: str | None = None, data: Path | None =
     as_it_is: list[Tensor] | None = None
     with asked(export_format, folder, subject, longest) as logits:
         found = _logits_of(logits, sequences)
-        kept = _kept(ours, rows, logits, stated) if rows else None
+        allowed = Q8_0_SHARE_LIMIT if manifest["proof"].get("dense") == "q8_0" else SHARE_LIMIT
+        kept = _kept(ours, rows, logits, stated, allowed) if rows else None
         if export_format == "gguf":
             as_it_is = _logits_of(llama_as_it_is(folder, longest), sequences)
     answers = Answers(prompts, sequences, expected, found, read, as_it_is)
@@ -217,11 +226,11 @@ def _held_out(
     return rows, stated if same else None
 
 
-def _kept(model: Any, rows: list[Row], judge: Logits, stated: dict[str, Any] | None) -> Kept:
+def _kept(model: Any, rows: list[Row], judge: Logits, stated: dict[str, Any] | None, allowed: float) -> Kept:
     tuned = transformers_logits(model)
 
     def base(ids: Sequence[int]) -> Tensor:
         with model.disable_adapter():
             return tuned(ids)
 
-    return measure_kept(rows, base, tuned, judge, stated)
+    return measure_kept(rows, base, tuned, judge, stated, allowed=allowed)
