@@ -41,10 +41,10 @@ HEAD_TILES = 7.25
 # Blocks from this size on, malloc maps by themselves.
 MAPPED = 32 << 20
 # Programs and packed operands that oneDNN keeps for products in bf16.
-ONEDNN = 0.07e9
-# Queries of one block of attention on a CPU (finetune/model/attention.py), and the float32 blocks alive there
-# at once: scores, probabilities and their gradients.
-ATTENTION_QUERIES, ATTENTION_BLOCKS = 128, 4
+ONEDNN = 0.05e9
+# Queries of one block of attention on a CPU (finetune/model/attention.py), and the float32 blocks there:
+# scores, probabilities and two of gradients, and as much again that blocks which grow leave behind.
+ATTENTION_QUERIES, ATTENTION_BLOCKS = 128, 8
 # Bytes a trained weight: float32 itself and its gradient; two moments, in float32 or in bytes with a float32
 # of scale for 256 of them (bitsandbytes).
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 + 4 / 256)}

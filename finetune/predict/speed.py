@@ -31,7 +31,7 @@ CUDA_GROUP = 16
 # On processors, parts of the rates that are measured alone (finetune/bench/rates.py) which training reaches,
 # with cold caches and rows in pieces; fitted to tests/measure/prediction.py on two cores of a Zen 5.
 CPU_SHARES = {
-    "products": 0.58, "scores": 0.42, "decode": 0.55, "bandwidth": 0.66, "logits": 1.0, "calls": 0.23,
+    "products": 0.70, "scores": 0.78, "decode": 0.34, "bandwidth": 0.62, "logits": 0.74, "calls": 0.35,
 }  # fmt: skip
 # Bytes a row of an expert, a multiple of I and one of H, and values of H a token, that are read and written
 # between products, forward and backward (finetune/model/cpu.py); passes over the logits in float32.
@@ -39,7 +39,7 @@ CPU_ROW, CPU_TOKEN, CPU_HEAD_PASSES = (280, 60), 60, 14
 # Products of an expert's rows, LoRA's included; other operations of a layer, of a group of experts and of a
 # block of queries, and the seconds that one takes with memory of its own.
 CPU_EXPERT_CALLS, CPU_LAYER_CALLS, CPU_GROUP_CALLS, CPU_BLOCK_CALLS = 16, 400, 70, 12
-CPU_CALL = 40e-6
+CPU_CALL = 53e-6
 
 Limit = Literal["compute", "memory traffic", "host"]
 
