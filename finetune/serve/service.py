@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from finetune.chat import Conversation, HarmonyEncoder
 from finetune.errors import FinetuneError
-from finetune.serve import engine as engines
 from finetune.serve.answer import Finish, HarmonyReader, Piece, Reader, TextReader
 from finetune.serve.constrain import Grammars
+from finetune.serve.engine import Engine
 from finetune.serve.metrics import Metrics
 from finetune.serve.sampling import Sampling
 from finetune.serve.scheduler import Event
@@ -111,7 +111,7 @@ class Service:
 
     def __init__(
         self,
-        engine: engines.Engine,
+        engine: Engine,
         encoder: HarmonyEncoder,
         subject: Subject,
         metrics: Metrics,
@@ -158,7 +158,7 @@ class Service:
         self.engine.submit(answer.sequence)
         return answer
 
-    async def go_on(self, model: str, prompt: list[int], asked: Asked) -> Answer:
+    def go_on(self, model: str, prompt: list[int], asked: Asked) -> Answer:
         """Let a model go on from token ids, and read what it writes as text; raises as `ask`."""
         self.model(model)
         answer = self._prepare(model, prompt, TextReader(self.encoder, asked.stops), asked)

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -43,6 +44,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     page.write_text("<title>a page</title>")
     with running(base, page=page, limits=Limits(batch=1, queue=2, context=2000)) as found:
         yield found
+
+
+@pytest.fixture
+def slow(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a hundredth of a second at least, so that no answer ends before a test has looked at it."""
+    step = server.service.engine.runner.step
+
+    def slowly(*work: Any) -> Any:
+        time.sleep(0.01)
+        return step(*work)
+
+    monkeypatch.setattr(server.service.engine.runner, "step", slowly)
 
 
 def post(server: Running, body: Any, path: str = CHAT, **options: Any) -> httpx.Response:
@@ -141,7 +154,7 @@ def test_a_large_body_is_refused_before_it_is_read(server: Running, announced: b
     assert "larger than 4 MiB" in json.loads(response.read())["error"]["message"]
 
 
-def test_whoever_leaves_frees_the_place(server: Running) -> None:
+def test_whoever_leaves_frees_the_place(server: Running, slow: None) -> None:
     engine = server.service.engine
     with server.client().chat.completions.create(**HELLO, stream=True) as stream:
         next(iter(stream))
@@ -158,7 +171,7 @@ def test_whoever_leaves_frees_the_place(server: Running) -> None:
     assert engine.cache_use == 0 and engine.waiting == 0
 
 
-def test_a_full_queue_says_when_to_come_back(server: Running) -> None:
+def test_a_full_queue_says_when_to_come_back(server: Running, slow: None) -> None:
     client, engine = server.client(), server.service.engine
     with ThreadPoolExecutor(3) as pool:
         leave = threading.Event()

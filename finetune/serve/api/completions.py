@@ -144,7 +144,7 @@ async def complete_text(body: CompletionRequest, request: Request) -> Any:
     }
     try:
         for ids in await asyncio.to_thread(body.prompts, service.encoder):
-            answers.append(await service.go_on(body.model, ids, body.asked()))
+            answers.append(service.go_on(body.model, ids, body.asked()))
         if body.stream:
             return EventStream(_chunks(answers, head, service, body), close)
         choices = await unless_gone(_choices(answers, service, body), request.receive)
