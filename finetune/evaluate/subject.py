@@ -72,7 +72,7 @@ def load_encoder(where: str | Path) -> HarmonyEncoder:
 def load_subject(where: str | Path) -> Subject:
     """Load what `where` names: a run or adapter directory (both with their base), or a base alone.
 
-    A run computes in the dtype that its recipe says.
+    A run computes in the dtype that its recipe says, its weights placed and packed as they were in training.
 
     Raises:
         FinetuneError: nothing is there, a run has no adapter yet, or the adapter belongs to another base.
@@ -84,8 +84,13 @@ def load_subject(where: str | Path) -> Subject:
     from finetune.model import load_model
 
     run = find_run(where)
-    dtype = torch.float32 if run and run.recipe().model.dense == "float32" else None
-    model, _ = load_model(where, dtype=dtype)
+    base = run.recipe().model if run else None
+    model, _ = load_model(
+        where,
+        dtype=torch.float32 if base and base.dense == "float32" else None,
+        nf4=base is not None and base.dense == "nf4",
+        experts_on=base.experts_on if base else "device",
+    )
     return Subject(model, load_encoder(where), isinstance(model, PeftModel))
 
 

@@ -95,10 +95,19 @@ def add_lora(
     )
     with known_as_quantised(model):
         adapted = get_peft_model(model, with_our_wrapper(config))
+    _settle(adapted)
+    return adapted
+
+
+def _settle(adapted: PeftModel) -> None:
+    """What is trained is float32, and on the device that computes even where the experts are on the host."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapted
+    for _, wrapper in expert_wrappers(adapted):
+        device = wrapper.get_base_layer().gate_up_proj_bias.device
+        wrapper.lora_A.to(device)
+        wrapper.lora_B.to(device)
 
 
 def save_adapter(model: PeftModel, path: Path, *, base: Path, where: str | None = None) -> None:
@@ -137,9 +146,7 @@ def load_adapter(model: GptOssForCausalLM, path: Path, *, base: Path, trainable:
     if loaded.unexpected_keys:
         sentence = f"the adapter's file has '{loaded.unexpected_keys[0]}', which has no place on this base"
         raise FinetuneError(sentence, at=str(path))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _settle(adapted)
     return adapted
 
 

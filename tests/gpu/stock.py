@@ -17,8 +17,8 @@ def stock_model(size: str, device: torch.device, dtype: torch.dtype = torch.bflo
     config = config_of(size, dtype)
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        model = GptOssForCausalLM(config)
-    model = model.to_empty(device=device).to(dtype)
+        model = GptOssForCausalLM(config).to(dtype)
+    model = model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.ones_(parameter)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from finetune.errors import FinetuneError
+from finetune.model import add_lora, load_base
 from finetune.model.kernels import wide
 from finetune.model.kernels.budget import Budget
 from finetune.model.kernels.steps import TorchSteps
 from finetune.model.kernels.stream import ExpertStream, transfer_seconds
 from finetune.model.kernels.wide import Wide
+from tests.checkpoints import write_random_checkpoint
 from tests.unit.test_model_expert_layer import EXPERTS, make_case, make_layer, run
 
 CPU = torch.device("cpu")
@@ -84,6 +88,27 @@ def test_the_device_holds_two_chunks_and_the_packed_bytes_do_not_move_there() ->
     moved = layer.to("meta")
     kinds = {parameter.dtype: parameter.device.type for parameter in moved.base.parameters()}
     assert kinds[torch.uint8] == "cpu" and kinds[torch.float32] == "meta"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def test_the_adapter_is_where_the_model_computes_and_not_where_the_experts_are(folder: Path) -> None:
+    base = write_random_checkpoint(folder / "packed")
+    elsewhere = torch.device("meta")
+    model = load_base(base, dtype=torch.float32, device=elsewhere, experts_on="host")
+    assert model.model.layers[0].mlp.experts.gate_up_proj.device == CPU
+    adapted = add_lora(model, rank=4, alpha=8, targets=["attention", "experts"])
+    places = {parameter.device for parameter in adapted.parameters() if parameter.requires_grad}
+    assert places == {elsewhere}
+
+
+def test_experts_in_bf16_cannot_stay_on_the_host(folder: Path) -> None:
+    base = write_random_checkpoint(folder / "dense", experts_as="bf16")
+    with pytest.raises(FinetuneError, match="needs experts in MXFP4; this checkpoint has them in bf16"):
+        load_base(base, dtype=torch.float32, device="meta", experts_on="host")
 
 
 def test_a_step_brings_every_expert_twice() -> None:

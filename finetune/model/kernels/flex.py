@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from finetune.model.attention import Packing, attend_by_blocks
@@ -121,10 +122,12 @@ def flex_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     Where it does not, attention goes by blocks, in plain torch. To be asked outside of checkpointed regions,
     whose memory of what is saved the trial would confuse.
     """
+    # Hooks of its own keep the trial's tensors from those that move activations to the host.
+    own_hooks = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     if dtype == torch.float64:
         return False
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), own_hooks:
             wrong = _find_difference(device, dtype)
     except Exception as error:  # the compiler raises whatever goes wrong in its many parts
         wrong = str(error).splitlines()[0] if str(error) else type(error).__name__
