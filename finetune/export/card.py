@@ -135,8 +135,11 @@ def _without_folders(value: Any) -> Any:
 
 
 def _use(subject: Subject, base: str, title: str) -> str:
-    adapter_rank = subject.tuned.adapter.rank if subject.tuned else 1
-    rank = next((rank for rank in VLLM_RANKS if rank >= adapter_rank), VLLM_RANKS[-1])
+    largest = subject.tuned.adapter.largest_rank if subject.tuned else 1
+    rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    vllm = f"vLLM takes no LoRA of a rank over {VLLM_RANKS[-1]}, and this one has {largest}."
+    if rank:
+        vllm = f"```\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {title}=.\n```"
     return f"""## Use
 
 ```python
@@ -147,7 +150,5 @@ base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, ".")
 ```
 
-```
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {title}=.
-```
+{vllm}
 """

@@ -118,6 +118,11 @@ class Adapter:
         return int(self.config["r"])
 
     @property
+    def largest_rank(self) -> int:
+        """Of all targets, some of which may have a rank of their own."""
+        return int(max([self.rank, *(self.config.get("rank_pattern") or {}).values()]))
+
+    @property
     def scale(self) -> float:
         """What B @ A is multiplied with where no pattern says otherwise."""
         by = math.sqrt(self.rank) if self.config.get("use_rslora") else self.rank

@@ -51,7 +51,7 @@ def write_sglang_lora(subject: Subject, tuned: Tuned, folder: Path) -> dict[str,
             at=str(tuned.folder),
         )
     # One rank and one scale for all: smaller ranks are filled up with zeros, scales go into lora_B.
-    rank = max([tuned.adapter.rank, *(tuned.adapter.config.get("rank_pattern") or {}).values()])
+    rank = tuned.adapter.largest_rank
     deltas = Deltas(tuned.adapter, tuned.deltas.shape[1])
     layers = 1 + max(int(key.split(".layers.")[1].split(".")[0]) for key in tuned.adapter.tensors)
     tensors = dict(_tensors(deltas, layers, rank))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from finetune.errors import FinetuneError
 from finetune.export import export
+from finetune.export.card import model_card
 from finetune.export.peft_files import Adapter, expert_deltas
+from finetune.export.subject import find_subject
 from finetune.model import add_lora, fingerprint, load_adapter, load_base, save_adapter
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
@@ -252,3 +255,12 @@ def test_a_run_is_exported_with_a_card_that_tells_how_it_was_made(
         assert fact in card
     assert "rows.jsonl" in card
     assert str(tmp_path) not in card and str(base) not in card, "no folders of this machine"
+
+
+def test_the_card_names_a_rank_that_vllm_takes_and_that_holds_every_target(trained: Path) -> None:
+    small = find_subject(trained, None)
+    assert small.tuned is not None
+    for largest, said in ((3, "--max-lora-rank 8"), (20, "--max-lora-rank 32"), (600, "over 512")):
+        config = {**small.tuned.adapter.config, "rank_pattern": {"q_proj": largest}}
+        adapter = replace(small.tuned.adapter, config=config)
+        assert said in model_card(replace(small, tuned=replace(small.tuned, adapter=adapter)))

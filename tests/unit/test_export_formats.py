@@ -59,6 +59,18 @@ def test_a_bf16_export_speaks_the_released_dialect_and_has_no_quantization(
         assert name in manifest["files"]
 
 
+@pytest.mark.parametrize("to", ["bf16", "mxfp4"])
+def test_a_merged_directory_ends_at_all_three_stop_tokens_in_the_released_dialect(
+    base: Path, adapter: Path, tmp_path: Path, to: str
+) -> None:
+    export(adapter, to, tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == generation_config(base)["eos_token_id"] and len(STOPS) == 3
+    config, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", base))
+    quantised = {"quantization_config": before["quantization_config"]} if to == "mxfp4" else {}
+    assert config == {**{k: v for k, v in before.items() if k != "quantization_config"}, **quantised}
+
+
 def test_every_export_ends_at_all_three_stop_tokens_of_its_tokenizer(base: Path, tmp_path: Path) -> None:
     tokens = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
     ids = {token["content"]: token["id"] for token in tokens}
