@@ -248,7 +248,7 @@ def test_nothing_that_the_openapi_document_allows_or_forbids_breaks_the_server(s
         wrong = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
         @settings(
-            max_examples=30, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
+            max_examples=20, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
         )
         @given(case=right | wrong if list(operation.body) else right)
         def holds(case: schemathesis.Case[Any]) -> None:
