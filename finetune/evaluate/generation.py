@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from finetune.model.kept import keep_decoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -131,11 +133,11 @@ def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients, and eval mode meanwhile: in training mode, checkpointing switches the cache off."""
+    """No gradients, decoded experts kept; eval mode, as checkpointing switches off the cache in training."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keep_decoded(model):
             yield
     finally:
         model.train(training)

@@ -11,7 +11,7 @@ An expert's rows are therefore padded with rows of weight zero to one of few len
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,9 +87,11 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 
 
 class Projection:
-    """One projection of a group: frozen weights `[g, out, in]`, bias and LoRA."""
+    """One projection of a group: of each expert the frozen weights `[out, in]`, bias and LoRA."""
 
-    def __init__(self, group: Group, weights: Tensor, bias: Tensor, factors: Factors | None) -> None:
+    def __init__(
+        self, group: Group, weights: Sequence[Tensor], bias: Tensor, factors: Factors | None
+    ) -> None:
         self.group, self.weights, self.bias, self.factors = group, weights, bias, factors
 
     def apply(self, rows: Tensor, out: Tensor, low: Tensor | None) -> Tensor:
@@ -196,10 +198,9 @@ class _Pass:
         return None if factors is None else self.take(purpose, group, factors.rank)
 
     def project(self, name: str, group: Group) -> Projection:
-        experts, first, last = self.experts, group.experts.start, group.experts.stop
-        decode = experts.gate_up_weights if name == "gate_up_proj" else experts.down_weights
+        weights = self.experts.weights(name, group.experts.start, group.experts.stop, self.x.dtype)
         factors = self.up if name == "gate_up_proj" else self.down
-        return Projection(group, decode(first, last, self.x.dtype), experts.bias(name), factors)
+        return Projection(group, weights, self.experts.bias(name), factors)
 
     def wide(self, purpose: str, group: Group, rows: Tensor) -> Tensor:
         """`rows` in at least float32: themselves where they already are."""
@@ -227,7 +228,8 @@ class CpuProducts:
     ) -> Tensor:  # fmt: skip
         """`x [T, H]`, `scores [T, k]` -> `[T, H]`."""
         order = Order(routing, scores, x.dtype)
-        run = _Pass(experts, x, order, up and up.ready(x.dtype), down and down.ready(x.dtype))
+        ready = experts.scratch.kept.ready if experts.scratch.kept else Factors.ready
+        run = _Pass(experts, x, order, up and ready(up, x.dtype), down and ready(down, x.dtype))
         out = x.new_zeros(x.shape, dtype=wide_of(x.dtype))
         for group in run.groups():
             rows = run.rows("x", group, x)

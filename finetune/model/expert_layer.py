@@ -19,6 +19,7 @@ that group, H hidden, I intermediate, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -106,8 +107,9 @@ class FrozenExperts(Protocol):
     def write_weights(
         self, first: int, last: int, outs: dict[str, Tensor], decode: Decoder, backward: bool
     ) -> None: ...
-    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, 2I, H]
-    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor: ...  # [g, H, I]
+    def weights(
+        self, name: str, first: int, last: int, dtype: torch.dtype
+    ) -> Sequence[Tensor]: ...  # of each expert [out, in]
     def note_gradient(self, expert: Tensor, d_rows: Tensor, score: Tensor) -> None: ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from finetune.model.layout import BLOCK, BYTES_PER_BLOCK
 from finetune.model.mxfp4 import dequantise_mxfp4
 
 if TYPE_CHECKING:
+    from finetune.model.kept import Kept
     from finetune.model.kernels.stream import ExpertStream
 
 # Blocks, scales, and where the weights go.
@@ -34,6 +35,7 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.back_ends: dict[tuple[torch.device, torch.dtype], BackEnd] = {}
+        self.kept: Kept | None = None  # while `keep_decoded` lasts
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with whatever its last user left in it; valid until the next call for the same purpose."""
@@ -124,12 +126,8 @@ class Experts(nn.Module, ABC):
         return run_experts(hidden_states, router_indices, routing_weights, self, up, down)
 
     @abstractmethod
-    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """`[last - first, 2I, H]`, gate and up rows interleaved."""
-
-    @abstractmethod
-    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """`[last - first, H, I]`."""
+    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Of each expert `gate_up_proj [2I, H]`, gate and up rows interleaved, or `down_proj [H, I]`."""
 
     # Where the packed bytes stay in host memory.
     stream: ExpertStream | None = None
@@ -182,18 +180,27 @@ class PackedExperts(Experts):
         if self.stream is not None:
             self.stream.release()
 
+    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        kept = self.scratch.kept
+        if kept is None:
+            return self._decode(name, first, last, dtype).unbind()
+        found = []
+        for expert in range(first, last):
+            weights = kept.find(self, name, expert, dtype)
+            if weights is None:
+                weights = self._decode(name, expert, expert + 1, dtype)[0]
+                # The next expert is decoded to the same scratch memory.
+                weights = weights if last == first + 1 else weights.clone()
+                kept.offer(weights, self, name, expert, dtype)
+            found.append(weights)
+        return found
+
     def _decode(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         blocks = self.get_parameter(name)[first:last]
         scales = self.get_parameter(f"{name}_scales")[first:last]
         inputs, outputs = self.features(name)
         out = self.scratch.take(name, (last - first, outputs, inputs), dtype, blocks.device)
         return dequantise_mxfp4(blocks, scales, dtype, out=out)
-
-    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self._decode("gate_up_proj", first, last, dtype)
-
-    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self._decode("down_proj", first, last, dtype)
 
 
 class DenseExperts(Experts):
@@ -207,11 +214,8 @@ class DenseExperts(Experts):
             self.register_parameter(name, nn.Parameter(weights, requires_grad=False))
         self._add_biases()
 
-    def gate_up_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self.gate_up_proj[first:last].to(dtype).transpose(1, 2)
-
-    def down_weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        return self.down_proj[first:last].to(dtype).transpose(1, 2)
+    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        return self.get_parameter(name)[first:last].to(dtype).transpose(1, 2).unbind()
 
     def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
         for name, out in outs.items():
