@@ -69,7 +69,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(value for value in asdict(self).values() if isinstance(value, float))
+        return float(sum(value for value in asdict(self).values() if not isinstance(value, str)))
 
     def to_dict(self) -> dict[str, float | str]:
         return {key: round(v) if isinstance(v, float) else v for key, v in asdict(self).items()} | {
@@ -162,7 +162,9 @@ def _cpu_scratch(shape: Shape, work: Workload) -> float:
     experts = group_experts(shape)
     decoded = experts * shape.expert_matrix * work.bytes if shape.packed else 0
     rows = _rows_of_a_group(shape, work, experts)
-    return decoded + rows * (8 * shape.hidden + 33 * shape.intermediate + 4 * _padded(work) * work.bytes)
+    return decoded + float(rows) * (
+        8 * shape.hidden + 33 * shape.intermediate + 4 * _padded(work) * work.bytes
+    )
 
 
 def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:

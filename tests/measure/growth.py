@@ -1,10 +1,11 @@
 """How time and memory of a training step grow with context, experts and rank: measured, and predicted beyond.
 
-    python -m tests.measure.growth [--only context|experts|rank] [--steps 3] [--record]
+    python -m tests.measure.growth [--only context|experts|rank] [--steps 3] [--again] [--record]
 
 Random weights on this machine's CPU, bfloat16, one document a step. What takes this machine too long is
 predicted, and marked so in the figures and in the plots. With --record the figures go to
-runs/reference/growth.json and the plots to growth_<what>.svg beside it; --only adds to what is there.
+runs/reference/growth.json and the plots to growth_<what>.svg beside it; --only adds
+to what is there, and --again measures nothing but predicts anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 from typing import Any
 
-from finetune.predict import Shape, Workload, predict_memory, predict_speed, this_machine
+from finetune.predict import Machine, Shape, Workload, predict_memory, predict_speed, this_machine
 from tests.measure.conditions import REFERENCE, record
 from tests.measure.random_size import config_of, measure, recipe_of
 
@@ -35,26 +36,27 @@ def sizes_of(what: str, value: int) -> tuple[dict[str, int], int, int]:
 
 
 def point(what: str, value: int, steps: int) -> dict[str, Any]:
-    """Seconds and memory of a step: predicted, and measured where this machine can."""
+    """Seconds and memory of a step as measured; nothing where it takes this machine too long."""
     sizes, tokens, rank = sizes_of(what, value)
-    recipe, config = recipe_of(tokens, rank, "bfloat16"), config_of(**sizes)
     if what == "context" and value > LONGEST:
-        machine, shape, work = this_machine(), Shape.of(config), Workload.of(recipe)
-        speed, memory = predict_speed(shape, work, machine), predict_memory(shape, work, machine)
-        return {"predicted": {"step_seconds": speed.step_seconds, "memory_gb": memory.total / 1e9}}
-    figures = measure(recipe, config, steps=steps)
-    predicted, ours = figures["predicted"], figures["natural"]["finetune"]
+        return {}
+    figures = measure(recipe_of(tokens, rank, "bfloat16"), config_of(**sizes), steps=steps)
+    ours = figures["natural"]["finetune"]
     return {
-        "predicted": {
-            "step_seconds": tokens / predicted["tokens_per_second"],
-            "memory_gb": predicted["memory_bytes"]["total"] / 1e9,
-        },
         "measured": {
             "step_seconds": tokens / ours["tokens_per_second"],
             "memory_gb": ours["peak_gb"],
             "all_step_seconds": ours["step_seconds"],
-        },
+        }
     }
+
+
+def predicted(what: str, value: int, machine: Machine) -> dict[str, float]:
+    """The same as predicted."""
+    sizes, tokens, rank = sizes_of(what, value)
+    shape, work = Shape.of(config_of(**sizes)), Workload.of(recipe_of(tokens, rank, "bfloat16"))
+    speed, memory = predict_speed(shape, work, machine), predict_memory(shape, work, machine)
+    return {"step_seconds": speed.step_seconds, "memory_gb": memory.total / 1e9}
 
 
 def plot(what: str, curve: dict[str, Any]) -> None:
@@ -85,18 +87,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=["context", "experts", "rank"])
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="measure nothing, predict anew")
     parser.add_argument("--record", action="store_true", help="keep figures and plots under runs/reference/")
     options = parser.parse_args()
     file = REFERENCE / "growth.json"
     figures: dict[str, Any] = json.loads(file.read_text())["figures"] if file.is_file() else {}
+    machine = this_machine()
     for what, values in (("context", CONTEXTS), ("experts", EXPERTS), ("rank", RANKS)):
         if options.only in (None, what):
-            figures[what] = {}
+            if not options.again:
+                figures[what] = {}
+            curve = figures[what]
             for value in values:
-                figures[what][str(value)] = point(what, value, options.steps)
-                print(what, value, json.dumps(figures[what][str(value)]), flush=True)
+                found = curve.get(str(value), {}) if options.again else point(what, value, options.steps)
+                curve[str(value)] = {**found, "predicted": predicted(what, value, machine)}
+                print(what, value, json.dumps(curve[str(value)]), flush=True)
             if options.record:
-                plot(what, figures[what])
+                plot(what, curve)
     if options.record:
         record("growth", COMMAND, {"sizes": NARROW, "tokens": TOKENS, "rank": RANK, **figures})
 

@@ -91,8 +91,9 @@ def test_more_never_takes_less(key: str, shape: Shape, checkpointing: bool, wide
     assert time[1].step_seconds >= time[0].step_seconds
 
 
-def test_the_parts_are_the_whole() -> None:
-    memory = predict_memory(LARGE, work(), gpu("h200"))
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_the_parts_are_the_whole(kind: str) -> None:
+    memory = predict_memory(LARGE, work(), replace(gpu("h200"), kind=kind))
     said = memory.to_dict()
     sizes = {key: size for key, size in said.items() if isinstance(size, int)}
     assert sum(sizes.values()) == pytest.approx(2 * sizes["total"], rel=1e-6)
