@@ -61,7 +61,9 @@ class Weights:
         change = self._deltas.dense_factors(name) if self._deltas else None
         if change is None:
             return rows.to(torch.bfloat16)
-        return torch.addmm(rows.float(), change.b[first:last], change.a).to(torch.bfloat16)
+        # In float64: in float32 a row by itself may come out another way than among others, and be rounded apart.
+        merged = torch.addmm(rows.double(), change.b[first:last].double(), change.a.double())
+        return merged.to(torch.bfloat16)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The whole of a tensor that is not an expert's weight, in bf16 and in order."""

@@ -11,8 +11,11 @@ from peft import PeftModel
 
 from finetune.export.merge import Deltas, scale_of
 from finetune.export.peft_files import Adapter
-from finetune.model import add_lora, load_base, save_adapter
+from finetune.export.subject import find_subject
+from finetune.export.weights import Weights
+from finetune.model import add_lora, load_base, resolve, save_adapter
 from tests.checkpoints import write_random_checkpoint
+from tests.export_kit import write_adapter
 from tests.model_kit import random_ids, relative_error, stock_model
 
 EXPERTS = 5
@@ -55,3 +58,12 @@ def test_a_pattern_counts_for_the_modules_that_it_names_alone() -> None:
     config = {"lora_alpha": 8, "alpha_pattern": {"q_proj": 2}}
     assert scale_of(config, "model.layers.0.self_attn.q_proj", 4) == 0.5
     assert scale_of(config, "model.layers.0.self_attn.k_proj", 4) == 2
+
+
+def test_a_row_by_itself_is_merged_as_among_all_others(tmp_path: Path) -> None:
+    base = resolve("nano").base
+    weights = Weights(find_subject(write_adapter(tmp_path / "adapter", base, size=0.01), None))
+    for name in (f"model.layers.{n}.self_attn.{part}_proj.weight" for n in range(4) for part in "qkvo"):
+        count = weights.checkpoint.shape(name)[0]
+        alone = torch.cat([weights.rows(name, row, row + 1) for row in range(count)])
+        assert torch.equal(alone, weights.rows(name, 0, count))
