@@ -61,7 +61,7 @@ class Weights:
         change = self._deltas.dense_factors(name) if self._deltas else None
         if change is None:
             return rows.to(torch.bfloat16)
-        # In float64: in float32 a row by itself may come out another way than among others, and be rounded apart.
+        # In float64: in float32 a row by itself may come out other than among others, and be rounded apart.
         merged = torch.addmm(rows.double(), change.b[first:last].double(), change.a.double())
         return merged.to(torch.bfloat16)
 
