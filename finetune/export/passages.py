@@ -19,10 +19,11 @@ from finetune.export.subject import Subject
 from finetune.recipe import DataSpec, ModelSpec, Recipe, Source
 from finetune.rundir import cache_folder
 
-# Values of one residual stream in float32: 0.2 GB, of which the tuned path and the export have one each. That
-# is 17,476 tokens for gpt-oss; small models stop at MOST_TOKENS, where more no longer helps.
-CALIBRATION_VALUES = 3 << 24
-HELD_OUT_VALUES = 1 << 24
+# Values of one residual stream in float32: 0.1 GB, of which base, tuned model and export have one each. That is
+# 8,738 tokens for gpt-oss, whose merge then takes two cores about an hour; small models stop at MOST_TOKENS,
+# where more no longer helps.
+CALIBRATION_VALUES = 3 << 23
+HELD_OUT_VALUES = 1 << 22
 MOST_TOKENS = 1 << 15
 # Of a file that is given for calibration, this share is measured on instead.
 HELD_OUT_SHARE = 0.125
