@@ -19,8 +19,8 @@ from finetune.export.subject import Subject
 from finetune.recipe import DataSpec, ModelSpec, Recipe, Source
 from finetune.rundir import cache_folder
 
-# Values of one residual stream in float32: 0.1 GB, of which base, tuned model and export have one each. That is
-# 8,738 tokens for gpt-oss, whose merge then takes two cores about an hour; small models stop at MOST_TOKENS,
+# Values of one residual stream in float32: 0.1 GB, of which base, tuned model and export have one each; or
+# 8,738 tokens of gpt-oss, whose merge then takes two cores about an hour; small models stop at MOST_TOKENS,
 # where more no longer helps.
 CALIBRATION_VALUES = 3 << 23
 HELD_OUT_VALUES = 1 << 22
