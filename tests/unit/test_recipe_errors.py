@@ -27,7 +27,7 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant(tmp_path: Path) -> 
 
 
 def test_an_unknown_key_that_resembles_none_is_told_the_known_ones(tmp_path: Path) -> None:
-    expected = "recipe.yaml:4: model.colour: there is no such setting; known here are base, dense"
+    expected = "recipe.yaml:4: model.colour: there is no such setting; known here are base, dense, experts_on"
     assert said(tmp_path, SMALL.replace("base: nano", "base: nano,\n\n colour: red")) == expected
 
 
