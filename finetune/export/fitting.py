@@ -61,6 +61,7 @@ def fit_layer(network: Network, number: int, change: Change, walk: Walk, *, swee
     dtype = network.dense_dtype
     dense = {name: merged.to(dtype).float() for name, merged in change.exact.items()}
     dense |= refit_attention(layer, change.exact, before, tuned, weight, dtype)
+    del before, attended  # 0.4 GB of gpt-oss-20b's streams, of no more use
     layer.replace(dense)
     export = calibration.attended(layer, "export")
     last = number == network.config.num_hidden_layers - 1
