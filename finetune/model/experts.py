@@ -77,8 +77,9 @@ class Experts(nn.Module, ABC):
         self.num_experts: int = config.num_local_experts
         self.hidden_size: int = config.hidden_size
         self.intermediate_size: int = config.intermediate_size
-        self.alpha: float = config.swiglu_alpha
-        self.limit: float = config.swiglu_limit
+        # Constants in transformers before its configuration named them.
+        self.alpha: float = getattr(config, "swiglu_alpha", 1.702)
+        self.limit: float = getattr(config, "swiglu_limit", 7.0)
         self.scratch = scratch
         self.active_factors: dict[str, Factors] = {}
         self.live_experts: Tensor | None = None  # [E] bool while gradients are watched
