@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from finetune.model.cache import GrowingCache
 from finetune.model.kept import keep_decoded
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _complete(
         written = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            past_key_values=GrowingCache(model.config),
             generation_config=config,
             streamer=streamer,
         )

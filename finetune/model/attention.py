@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM, GptOssModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GptOssModel,
+)
 from transformers.masking_utils import eager_mask
 
 NAME = "packed_sinks"
@@ -234,11 +241,15 @@ def _hides_padding(mask: Any) -> bool:
 
 def _hand_over_packing(model: GptOssModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of `GptOssModel`, which would build its masks without looking at `position_ids`."""
-    if kwargs.get("past_key_values") is not None or _hides_padding(kwargs.get("attention_mask")):
-        return None
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is not None:
+        masks = _masks_of_generation(model.config, cache, mask, inputs.shape[1], inputs.device)
+        return masks and (args, {**kwargs, "attention_mask": masks})
+    if _hides_padding(mask):
+        return None
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
@@ -247,8 +258,40 @@ def _hand_over_packing(model: GptOssModel, args: tuple[Any, ...], kwargs: dict[s
 
         flex_is_right(inputs.device, model.norm.weight.dtype)  # asked before any layer is checkpointed
     packing = Packing(positions, model.config.sliding_window)
-    mask = {"full_attention": packing, "sliding_attention": packing}
-    return args, {**kwargs, "position_ids": positions, "attention_mask": mask}
+    masks = {"full_attention": packing, "sliding_attention": packing}
+    return args, {**kwargs, "position_ids": positions, "attention_mask": masks}
+
+
+def _masks_of_generation(
+    config: GptOssConfig, cache: Any, mask: Any, new: int, device: torch.device
+) -> dict[str, Packing | Tensor | None] | None:
+    """Of whole prompts, padded on the left if at all, and of one token after what is in the cache.
+
+    `mask [B, past + new]` is 1 where there is no padding. None for everything else: transformers builds dense
+    masks for it. So it does for prompts, where a windowed layer would then cost O(L * L).
+    """
+    padded, window = _hides_padding(mask), config.sliding_window
+    if not _keeps_windows(cache, config) or (padded and (not isinstance(mask, Tensor) or mask.dim() != 2)):
+        return None
+    if cache.get_seq_length() == 0:
+        if padded and bool((mask.diff(dim=1) < 0).any()):
+            return None
+        places = mask.cumsum(1) - 1 if padded else torch.arange(new, device=device).unsqueeze(0)
+        # Each token of padding becomes a document of its own.
+        packing = Packing(places.masked_fill(mask == 0, 1) if padded else places, window)
+        return {"full_attention": packing, "sliding_attention": packing}
+    if new > 1:
+        return None
+    if not padded:
+        return {"full_attention": None, "sliding_attention": None}
+    hidden = torch.zeros(mask.shape, device=device).masked_fill_(mask == 0, -torch.inf)[:, None, None]
+    return {"full_attention": hidden, "sliding_attention": hidden[..., -window:]}
+
+
+def _keeps_windows(cache: Any, config: GptOssConfig) -> bool:
+    """Whether a cache gives windowed layers the keys of their window, and the others all that there are."""
+    windowed = [kind == "sliding_attention" for kind in config.layer_types]
+    return isinstance(cache, DynamicCache) and [layer.is_sliding for layer in cache.layers] == windowed
 
 
 def use_packed_attention(model: GptOssForCausalLM) -> None:
@@ -257,5 +300,5 @@ def use_packed_attention(model: GptOssForCausalLM) -> None:
 
 
 AttentionInterface.register(NAME, attend)
-# Where a cache or padding is at play transformers builds dense additive masks for us.
+# Where padding, or several tokens after a cache, are at play transformers builds dense additive masks for us.
 AttentionMaskInterface.register(NAME, eager_mask)

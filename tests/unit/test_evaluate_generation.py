@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.chat import HarmonyEncoder
@@ -12,6 +13,7 @@ from finetune.data import PackedDataset, prepare_data
 from finetune.evaluate.generation import generate, generate_streaming
 from finetune.evaluate.loss import held_out_loss
 from finetune.model import add_lora, load_base
+from finetune.model.attention import dense_attention
 from finetune.recipe import Recipe
 from tests.checkpoints import write_random_checkpoint
 
@@ -46,6 +48,30 @@ def test_greedy_answers_equal_the_argmax_without_a_cache(model: Any, encoder: Ha
         with torch.no_grad():
             assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
         ids.append(token)
+
+
+def test_a_cache_that_grows_in_steps_holds_what_was_there(
+    model: Any, encoder: HarmonyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(model, encoder, PROMPTS, max_new_tokens=12)
+    for room in (0, 1, 5):
+        monkeypatch.setattr("finetune.model.cache.ROOM", room)
+        assert generate(model, encoder, PROMPTS, max_new_tokens=12) == expected
+
+
+def test_prompts_are_read_by_blocks_and_never_by_dense_masks(
+    model: Any, encoder: HarmonyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(model, encoder, PROMPTS, max_new_tokens=4)
+    queries: set[int] = set()
+
+    def dense(query: Tensor, *rest: Any) -> Tensor:
+        queries.add(query.shape[2])
+        return dense_attention(query, *rest)
+
+    monkeypatch.setattr("finetune.model.attention.dense_attention", dense)
+    assert generate(model, encoder, PROMPTS, max_new_tokens=4) == expected
+    assert queries == {1}
 
 
 def test_an_answer_ends_with_its_stop_token(
