@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from finetune.model.attention import dense_attention
 from finetune.serve.cache import PAGE_TOKENS, KeyValueCache
+from finetune.serve.sizes import padded
 
 NAME = "served"
 # Scores that a block of a chunk's queries makes at once, 64 MB in float32: a long prompt must not make more.
@@ -36,9 +38,10 @@ class Span(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """One token of each of B sequences."""
+    """One token of each of `count` sequences; padded, what is read and computed is that of B."""
 
-    write: Tensor  # [B * Hk] rows
+    count: int
+    write: Tensor  # [count * Hk] rows
     read: Tensor  # [B * Hk * n] pages' parts
     mask: Tensor  # [B, 1, 1, n * S], 0 or -inf
 
@@ -46,7 +49,7 @@ class Decode(NamedTuple):
 class Block(NamedTuple):
     queries: slice  # of the chunk
     keys: slice  # of the old keys followed by the chunk's
-    mask: Tensor  # [1, 1, q, k], 0 or -inf
+    mask: Tensor  # [1, 1, q, k], 0 or -inf, with the padding of queries and keys
 
 
 class Chunk(NamedTuple):
@@ -65,6 +68,7 @@ class LayerStep:
 
     cache: KeyValueCache
     page_tokens: int
+    tokens: int  # the rest of T repeats the last of them
     decode: Decode | None
     chunks: list[Chunk]
 
@@ -75,13 +79,13 @@ class LayerStep:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         if self.decode is not None:
-            count = self.decode.mask.shape[0]
+            count, mask = self.decode.count, self.decode.mask
             _write(keys, self.decode.write, key[:, :count])
             _write(values, self.decode.write, value[:, :count])
-            queries = query[:, :count].transpose(0, 1).unsqueeze(2)  # [B, Hq, 1, D]
+            queries = query[:, : mask.shape[0]].transpose(0, 1).unsqueeze(2)  # [B, Hq, 1, D]
             seen_keys, seen_values = self._read(keys, self.decode), self._read(values, self.decode)
-            attended = dense_attention(queries, seen_keys, seen_values, self.decode.mask, sinks, scale)
-            out[:count] = attended.squeeze(2)
+            attended = dense_attention(queries, seen_keys, seen_values, mask, sinks, scale)
+            out[:count] = attended[:count].squeeze(2)
         for chunk in self.chunks:
             heads, size = key.shape[0], key.shape[2]
             new_keys, new_values = key[:, chunk.tokens], value[:, chunk.tokens]
@@ -93,13 +97,18 @@ class LayerStep:
             )
             queries = query[:, chunk.tokens].unsqueeze(0)  # [1, Hq, q, D]
             for block in chunk.blocks:
+                rows, columns = block.mask.shape[2:]
                 answer = dense_attention(
-                    queries[:, :, block.queries], all_keys[:, :, block.keys], all_values[:, :, block.keys],
+                    _lengthened(queries[:, :, block.queries], rows),
+                    _lengthened(all_keys[:, :, block.keys], columns),
+                    _lengthened(all_values[:, :, block.keys], columns),
                     block.mask, sinks, scale,
                 )  # fmt: skip
-                out[chunk.tokens][block.queries] = answer[0].transpose(0, 1)
+                part = out[chunk.tokens][block.queries]
+                part.copy_(answer[0].transpose(0, 1)[: len(part)])
             _write(keys, chunk.write, new_keys[:, chunk.kept])
             _write(values, chunk.write, new_values[:, chunk.kept])
+        out[self.tokens :] = out[self.tokens - 1]
         return out
 
     def _read(self, part: Tensor, decode: Decode) -> Tensor:
@@ -112,6 +121,11 @@ class LayerStep:
 def _write(part: Tensor, rows: Tensor, new: Tensor) -> None:
     """`new [Hk, t, D]` into `rows [t * Hk]`."""
     part.index_copy_(0, rows, new.transpose(0, 1).reshape(-1, new.shape[2]))
+
+
+def _lengthened(x: Tensor, length: int) -> Tensor:
+    """`x [1, H, t, D]` with zeros up to `length` tokens."""
+    return x if x.shape[2] == length else F.pad(x, (0, 0, 0, length - x.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,10 @@ class _Kind:
             chunks.append(self._chunk(span, at))
             at += span.length
         decode = self._decode(decoding) if decoding else None
-        return LayerStep(self.cache, self.page_tokens, decode, chunks)
+        return LayerStep(self.cache, self.page_tokens, at, decode, chunks)
+
+    def _size(self, count: int) -> int:
+        return padded(count, self.cache.keys[0])
 
     def _pages(self, span: Span) -> Sequence[int]:
         return span.pages if self.window is None else [span.ring]
@@ -145,8 +162,11 @@ class _Kind:
 
     def _decode(self, spans: Sequence[Span]) -> Decode:
         pages = [self._pages(span)[: span.start // self.page_tokens + 1] for span in spans]
-        most = max(map(len, pages))
-        table = torch.tensor([[*some, *[0] * (most - len(some))] for some in pages])  # [B, n]
+        most, padding = self._size(max(map(len, pages))), self._size(len(spans)) - len(spans)
+        # Any page will do for padding, of which one key is seen and nobody looks at the answer.
+        table = torch.tensor(
+            [*([*some, *[0] * (most - len(some))] for some in pages), *[[0] * most] * padding]
+        )
         position = torch.tensor([span.start for span in spans])
         current = torch.tensor([some[-1] for some in pages])
         heads = torch.arange(self.cache.heads)
@@ -154,9 +174,9 @@ class _Kind:
         write = first.unsqueeze(1) + heads * self.page_tokens  # [B, Hk]
         read = table.unsqueeze(1) * self.cache.heads + heads.view(1, -1, 1)  # [B, Hk, n]
         # A full ring holds just the tokens that can be seen.
-        seen = torch.arange(most * self.page_tokens) <= position.unsqueeze(1)
-        mask = self._additive(seen).view(len(spans), 1, 1, -1)
-        return Decode(self._placed(write.flatten()), self._placed(read.flatten()), mask)
+        seen = torch.arange(most * self.page_tokens) <= F.pad(position, (0, padding)).unsqueeze(1)
+        mask = self._additive(seen).view(len(seen), 1, 1, -1)
+        return Decode(len(spans), self._placed(write.flatten()), self._placed(read.flatten()), mask)
 
     def _chunk(self, span: Span, at: int) -> Chunk:
         start, count = span.start, span.length
@@ -182,7 +202,9 @@ class _Kind:
             seen = key <= query
             if self.window is not None:
                 seen &= query - key < self.window
-            mask = self._additive(seen).view(1, 1, *seen.shape)
+            rows, columns = self._size(high - low), self._size(seen.shape[1])
+            seen = F.pad(seen, (0, columns - seen.shape[1], 0, rows - seen.shape[0]))
+            mask = self._additive(seen).view(1, 1, rows, columns)
             yield Block(slice(low, high), slice(nearest - first, start + high - first), mask)
 
     def _additive(self, seen: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from transformers import GptOssForCausalLM
 from finetune.serve.adapters import Adapters
 from finetune.serve.attention import NAME, Span, lay_out
 from finetune.serve.cache import KeyValueCache
+from finetune.serve.sizes import padded
 
 
 class Work(NamedTuple):
@@ -40,7 +42,10 @@ class Runner:
         device = self.cache.keys[0].device
         ids = [token for item in work for token in item.ids]
         positions = [p for item in work for p in range(item.span.start, item.span.start + item.span.length)]
-        ends = torch.tensor([item.span.length for item in work]).cumsum(0) - 1
+        ends = list(accumulate(item.span.length for item in work))
+        # What pads a step is its last token once more: it asks for no further experts.
+        for values in (ids, positions, ends):
+            values += values[-1:] * (padded(len(values), self.cache.keys[0]) - len(values))
         steps = lay_out(
             self.cache,
             [item.span for item in work],
@@ -52,6 +57,6 @@ class Runner:
             attention_mask=steps,
             use_cache=False,
         )
-        last = out.last_hidden_state[0, ends.to(device)]
+        last = out.last_hidden_state[0, torch.tensor(ends, device=device) - 1]
         logits: Tensor = self.model.lm_head(last)
-        return logits.float()
+        return logits[: len(work)].float()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,17 @@ from hypothesis import strategies as st
 from transformers import GptOssConfig
 
 from finetune.errors import FinetuneError
+from finetune.model import load_base
+from finetune.serve import attention
+from finetune.serve import runner as runner_module
+from finetune.serve.adapters import Adapters
 from finetune.serve.attention import Span, lay_out
 from finetune.serve.cache import PAGE_TOKENS, CacheSize, KeyValueCache, plan_cache
+from finetune.serve.runner import Runner, Work
 from finetune.serve.sampling import Draws, Sampling, choose, score
 from finetune.serve.scheduler import PREFILL_TOKENS, Scheduler, Sequence
+from finetune.serve.sizes import padded
+from tests.checkpoints import write_random_checkpoint
 
 WINDOW, HEADS, QUERY_HEADS, SIZE = 8, 2, 4, 16
 
@@ -43,11 +52,26 @@ def by_definition(data: torch.Tensor, sinks: torch.Tensor, window: float) -> tor
     return torch.stack(out)
 
 
-@given(st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=4), st.randoms())
+BFLOAT16 = torch.empty(0, dtype=torch.bfloat16)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.randoms(),
+    st.sampled_from([lambda count, like: count, lambda count, like: padded(count, BFLOAT16)]),
+)
 def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
-    pieces: list[list[int]], shuffle: random.Random
+    pieces: list[list[int]], shuffle: random.Random, size_of: Callable[[int, torch.Tensor], int]
 ) -> None:
     """Sequences whose tokens come in pieces of any sizes, together in steps, with pages in any order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "padded", size_of)
+        attend_in_pieces(pieces, shuffle, size_of)
+
+
+def attend_in_pieces(
+    pieces: list[list[int]], shuffle: random.Random, size_of: Callable[[int, torch.Tensor], int]
+) -> None:
     torch.manual_seed(0)
     size = CacheSize(pages=4 * len(pieces), sequences=len(pieces), bytes=0)
     cache = KeyValueCache(config(), size, torch.float64, torch.device("cpu"))
@@ -63,6 +87,8 @@ def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
         flat = torch.cat(
             [data[i][:, s.start : s.start + s.length] for i, s in zip(members, spans, strict=True)], 1
         )
+        count = flat.shape[1]
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, size_of(count, flat) - count), value=math.nan)
         query, key, value = flat.split([QUERY_HEADS, HEADS, HEADS])
         steps = lay_out(cache, spans, query_heads=QUERY_HEADS)
         for layer, window in ((0, WINDOW), (1, math.inf)):
@@ -73,6 +99,35 @@ def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
                 seen = data[i][:, : span.start + span.length]
                 expected = by_definition(seen, sinks, window)
                 torch.testing.assert_close(out[end - 1], expected, rtol=1e-10, atol=1e-10)
+            assert out[count:].equal(out[count - 1 : count].expand_as(out[count:]))
+
+
+def test_in_bfloat16_products_have_few_sizes_and_padding_changes_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN keeps a program for every size, so memory would grow with each new length of a prompt."""
+    model = load_base(write_random_checkpoint(tmp_path / "base", layers=2), dtype=torch.bfloat16)
+    size = CacheSize(pages=64, sequences=8, bytes=0)
+    rows = set()
+    for module in (*(layer.self_attn.q_proj for layer in model.model.layers), model.lm_head):
+        module.register_forward_hook(lambda _, args, out: rows.add(args[0].numel() // args[0].shape[-1]))
+
+    def answers() -> list[torch.Tensor]:
+        cache = KeyValueCache(model.config, size, torch.bfloat16, torch.device("cpu"))
+        runner = Runner(model, Adapters(model, {}, base=tmp_path / "base"), cache)
+        logits = []
+        for length in range(1, 40):
+            singles = [Work([3], Span(length - 1, 1, [2 * i, 2 * i + 1], i)) for i in range(length % 5)]
+            chunk = Work([5 + i % 50 for i in range(length)], Span(0, length, [20, 21], 7))
+            logits.append(runner.step(None, [*singles, chunk] if length > 1 else [chunk]))
+        return logits
+
+    found = answers()
+    assert rows == {padded(count, BFLOAT16) for count in range(1, 44)} and len(rows) < 13
+    monkeypatch.setattr(attention, "padded", lambda count, like: count)
+    monkeypatch.setattr(runner_module, "padded", lambda count, like: count)
+    for padded_logits, exact in zip(found, answers(), strict=True):
+        torch.testing.assert_close(padded_logits, exact, rtol=0.05, atol=0.05)
 
 
 def sequence(tokens: int, written: int = 100) -> Sequence:
