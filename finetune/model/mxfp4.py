@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.model.layout import BLOCK
+from finetune.model.native import native_decoder
 
 SCALE_BIAS = 127
 # E2M1 by code: sign, two bits of exponent, one of mantissa.
@@ -50,6 +51,13 @@ def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return table.to(dtype)
 
 
+@cache
+def _values_of_scales(dtype: torch.dtype) -> Tensor:
+    """For the native decoder: of every scale the sixteen values, twice, `[256, 32]`."""
+    codes = torch.tensor(CODE_VALUES, dtype=dtype).repeat(2)
+    return codes * _scale_table(dtype, torch.device("cpu")).unsqueeze(1)
+
+
 def dequantise_mxfp4(
     blocks: Tensor, scales: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> Tensor:
@@ -64,6 +72,9 @@ def dequantise_mxfp4(
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
     if dtype == torch.float16:  # which holds few of the scales, but may hold their products
         return out.copy_(dequantise_mxfp4(blocks, scales, torch.float32))
+    if blocks.device.type == "cpu" and (decode := native_decoder(dtype)):
+        decode(blocks.contiguous(), scales.contiguous(), _values_of_scales(dtype), out)
+        return out
     table = _value_table(dtype, blocks.device)
     scale_of = _scale_table(dtype, blocks.device)
     words = blocks.contiguous().view(-1).view(_WIDE[dtype][0])

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from finetune.model import mxfp4
 from finetune.model.mxfp4 import dequantise_mxfp4, quantise_mxfp4
+from finetune.model.native import native_decoder
 from tests.model_kit import decode_by_definition
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 MAGNITUDES = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of decoding keep the same promises."""
+    if request.param == "torch":
+        monkeypatch.setattr(mxfp4, "native_decoder", lambda dtype: None)
+    elif native_decoder(torch.bfloat16) is None:
+        pytest.skip("no C compiler, or no AVX-512")
 
 
 def every_byte_with_every_scale() -> tuple[Tensor, Tensor]:
