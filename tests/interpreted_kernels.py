@@ -23,7 +23,8 @@ ROWS, LENGTHS = 13, (24, 1048)
 DTYPES = (torch.float32, torch.bfloat16)
 WIDER = 16  # columns of the rows that others lie in
 STEPS, REFERENCE = TritonSteps(), TorchSteps()
-DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+# Of the program; what imports this has arguments of its own.
+DEVICE = torch.device(sys.argv[1] if __name__ == "__main__" and len(sys.argv) > 1 else "cpu")
 
 
 class Inputs:
