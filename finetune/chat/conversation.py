@@ -12,6 +12,7 @@ from finetune.errors import FinetuneError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Effort = Literal["low", "medium", "high"]
+_ROLES, _EFFORTS = get_args(Role), get_args(Effort)
 
 # DeepSeek and older vLLM write reasoning_content, vLLM since 0.11 and OpenRouter reasoning.
 _THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
@@ -75,7 +76,7 @@ def read_conversation(
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise FinetuneError(f"messages must be a list, not {kind(raw)}")
     effort = row.get("reasoning_effort") or reasoning_effort or "medium"
-    if effort not in get_args(Effort):
+    if effort not in _EFFORTS:
         raise FinetuneError(f"reasoning_effort is {effort!r}; it is low, medium or high")
     date = row.get("current_date") or current_date
     if date is not None and not isinstance(date, str):
@@ -94,8 +95,8 @@ def _read_message(raw: object, where: str) -> Message:
     if role is None:
         raise FinetuneError(f"{where} has no role")
     role = "tool" if role == "function" else role  # the chat API's name for it until 2023
-    if role not in get_args(Role):
-        known = ", ".join(get_args(Role))
+    if role not in _ROLES:
+        known = ", ".join(_ROLES)
         raise FinetuneError(f"{where} has the unknown role {role!r}; a role is one of {known}")
     where = f"{where} ({role})"
     content, thinking, calls = _read_content(raw.get("content"), where)

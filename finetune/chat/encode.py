@@ -26,6 +26,7 @@ HARMONY_TOKENS = (
     "<|endoftext|>",
 )
 
+_SHOWN, _LEARNED = [0], [1]
 # Headers and the system message recur in every row, and are all shorter than this.
 _CACHED_CHARACTERS = 400
 _CACHED_TEXTS = 4096
@@ -102,35 +103,50 @@ class HarmonyEncoder:
         for example in examples:
             ids: list[int] = []
             learn: list[int] = []
-            for segment in example:
-                if segment.special:
-                    ids.append(self._special[segment.text])
-                    learn.append(int(segment.learned))
+            for text, special, learned in example:
+                if special:
+                    ids.append(self._special[text])
+                    learn.append(int(learned))
                 else:
-                    piece = ids_of[segment.text]
+                    piece = ids_of[text]
                     ids += piece
-                    learn += [int(segment.learned)] * len(piece)
+                    learn += (_LEARNED if learned else _SHOWN) * len(piece)
             encoded.append(Encoded(ids, learn))
         return encoded
 
     def _lookup(self, texts: list[str]) -> dict[str, list[int]]:
         known = self._texts
-        ids_of = {text: known[text] for text in texts if text in known}
-        missing = [text for text in texts if text not in ids_of]
+        ids_of: dict[str, list[int]] = {}
+        missing = []
+        for text in texts:
+            # One look, not two: another thread may clear what is known in between.
+            if (found := known.get(text)) is None:
+                missing.append(text)
+            else:
+                ids_of[text] = found
         if missing:
-            tokenizer = self.tokenizer
-            # transformers switches these on and off on a tokenizer it shares, so set them every time
-            tokenizer.encode_special_tokens = True
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
             if len(known) > _CACHED_TEXTS:
                 known.clear()
-            batch = tokenizer.encode_batch_fast(missing, add_special_tokens=False)
+            batch = self._plain().encode_batch_fast(missing, add_special_tokens=False)
             for text, encoding in zip(missing, batch, strict=True):
                 ids_of[text] = encoding.ids
                 if len(text) <= _CACHED_CHARACTERS:
                     known[text] = ids_of[text]
         return ids_of
+
+    def _plain(self) -> Tokenizer:
+        """The tokenizer as we need it; transformers switches these on and off on one that it shares.
+
+        They are only set where they are not right: to set one waits until no other thread encodes.
+        """
+        tokenizer = self.tokenizer
+        if not tokenizer.encode_special_tokens:
+            tokenizer.encode_special_tokens = True
+        if tokenizer.padding is not None:
+            tokenizer.no_padding()
+        if tokenizer.truncation is not None:
+            tokenizer.no_truncation()
+        return tokenizer
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids the model goes on from to answer the conversation."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finetune.chat.conversation import Conversation, Message
 from finetune.chat.tools import tools_section
@@ -33,8 +33,7 @@ CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be inclu
 FUNCTIONS = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of harmony text, tokenised by itself: one special token, or text without any."""
 
     text: str

@@ -128,7 +128,7 @@ def read(folder: Path) -> Stored | None:
 
 def _mapped(file: Path, dtype: Any) -> NDArray[Any]:
     # An empty file cannot be mapped.
-    return np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+    return np.asarray(np.memmap(file, dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -34,21 +34,27 @@ class Prepared:
     report: DataReport
 
 
-def prepare_data(recipe: Recipe, encoder: HarmonyEncoder, *, cache_dir: Path) -> Prepared:
+Progress = Callable[[int, int], object]
+
+
+def prepare_data(
+    recipe: Recipe, encoder: HarmonyEncoder, *, cache_dir: Path, progress: Progress | None = None
+) -> Prepared:
     """Tokenise the data of a recipe; memory stays bounded whatever its size.
 
     Everything is kept in `cache_dir` under a fingerprint of all it depends on, and read from there the next
-    time; `data.cache: false` keeps nothing. Several processes may do this at once.
+    time; `data.cache: false` keeps nothing. Several processes may do this at once. `progress` is called with
+    the rows and tokens of a set of sources so far, while it is tokenised.
 
     Raises:
         FinetuneError: data that is missing or not readable; a bad row or a long example where the recipe says
             stop; nothing left to learn from; no space on the disk.
     """
     spec = recipe.data
-    stored = _stored(spec.train, spec, encoder, cache_dir)
+    stored = _stored(spec.train, spec, encoder, cache_dir, progress)
     counts, repeated = stored.counts, 0
     if isinstance(spec.held_out, list):
-        apart = _stored(spec.held_out, spec, encoder, cache_dir)
+        apart = _stored(spec.held_out, spec, encoder, cache_dir, progress)
         counts = counts + apart.counts
         train, held = stored.examples, apart.examples
         repeated = int(np.isin(apart.keys, stored.keys).sum())
@@ -65,13 +71,15 @@ def prepare_data(recipe: Recipe, encoder: HarmonyEncoder, *, cache_dir: Path) ->
     return Prepared(train, held, _report(fingerprint, spec, counts, train, held, repeated))
 
 
-def _stored(sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder, place: Path) -> cache.Stored:
+def _stored(
+    sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder, place: Path, progress: Progress | None
+) -> cache.Stored:
     if not spec.cache:
         # On POSIX, files that are mapped stay readable after their names are gone.
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-            return _made(Path(folder), "data", sources, spec, encoder)
+            return _made(Path(folder), "data", _chunks(sources, spec, encoder, progress))
     name = cache.entry_name(sources, spec, encoder)
-    return cache.read(place / name) or _made(place, name, sources, spec, encoder)
+    return cache.read(place / name) or _made(place, name, _chunks(sources, spec, encoder, progress))
 
 
 def _nothing_left(sources: list[Source], counts: Counts, spec: DataSpec) -> FinetuneError:
@@ -82,11 +90,9 @@ def _nothing_left(sources: list[Source], counts: Counts, spec: DataSpec) -> Fine
     )
 
 
-def _made(
-    place: Path, name: str, sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder
-) -> cache.Stored:
+def _made(place: Path, name: str, chunks: Iterator[Chunk]) -> cache.Stored:
     with cache.new_entry(place, name) as folder:
-        cache.write(folder, _chunks(sources, spec, encoder))
+        cache.write(folder, chunks)
     stored = cache.read(place / name)
     if stored is None:
         raise FinetuneError(
@@ -95,9 +101,16 @@ def _made(
     return stored
 
 
-def _chunks(sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder) -> Iterator[Chunk]:
+def _chunks(
+    sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder, progress: Progress | None
+) -> Iterator[Chunk]:
     work = (batches(read_rows(source, streaming=spec.streaming), source) for source in sources)
-    return tokenise_all(itertools.chain.from_iterable(work), spec, encoder)
+    rows = tokens = 0
+    for chunk in tokenise_all(itertools.chain.from_iterable(work), spec, encoder):
+        rows, tokens = rows + chunk.rows, tokens + len(chunk.ids)
+        if progress:
+            progress(rows, tokens)
+        yield chunk
 
 
 def _report(

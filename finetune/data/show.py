@@ -61,8 +61,12 @@ def show_data(
     recipe, encoder = _opened(where, overrides, tokenizer)
     for shown in _first(recipe, encoder, rows):
         _print_row(shown, encoder, console)
-    with console.status("reading all rows"):
-        report = prepare_data(recipe, encoder, cache_dir=cache_dir).report
+    with console.status("reading all rows") as status:
+
+        def tell(done: int, tokens: int) -> None:
+            status.update(f"reading all rows: {done:,} so far, {tokens:,} tokens")
+
+        report = prepare_data(recipe, encoder, cache_dir=cache_dir, progress=tell).report
     _print_report(report, recipe, console)
 
 

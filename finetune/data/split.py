@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+_json = json.JSONEncoder(ensure_ascii=False, default=str)
+
 
 def question_key(row: Mapping[str, Any]) -> int:
     """64 bits of a hash over the messages of a harmony row that are not the assistant's or a tool's.
@@ -19,7 +21,7 @@ def question_key(row: Mapping[str, Any]) -> int:
         for message in row["messages"]
         if isinstance(message, Mapping) and message.get("role") not in ("assistant", "tool")
     ]
-    text = json.dumps(asked, ensure_ascii=False, default=str)
+    text = _json.encode(asked)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 

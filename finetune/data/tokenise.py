@@ -1,15 +1,17 @@
-"""Rows to token ids and masks, here or in worker processes, in the order of the rows."""
+"""Rows to token ids and masks, in threads or in worker processes, in the order of the rows."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +32,15 @@ Batch = tuple["Source", list["Row"]]
 # Large enough that passing a batch to a worker costs little beside its rows, small enough to bound memory: 64
 # rows of 10,000 tokens each are 3 MB, and 25 MB while they are lists.
 ROWS_PER_BATCH = 64
-# One process renders 10,000 short rows a second, and tokenises them on all cores (the tokenizer has threads
-# of its own). Workers lift the first limit; they pay where there are cores to spare, and more rows than one
-# process is done with while they start and read a vocabulary of 200,000.
+# While one thread renders, the tokenizer, which has threads of its own and needs no Python, encodes what the
+# other has rendered. More would wait for Python's lock.
+THREADS = 2
+# Workers lift that limit; they pay where there are cores to spare, and more rows than one process is done
+# with while they start and read a vocabulary of 200,000.
 INLINE_BATCHES = 512
 CORES_FOR_WORKERS = 4
+# Batches ahead of the one that is waited for, for each thread or worker: these are what is in memory.
+AHEAD = 3
 
 
 @dataclass
@@ -99,8 +105,8 @@ def tokenise(rows: list[Row], source: Source, spec: DataSpec, encoder: HarmonyEn
             truncated += len(fitting.ids) < len(example.ids)
     return Chunk(
         rows=len(rows),
-        ids=np.array([token for _, example in kept for token in example.ids], dtype=np.int32),
-        learn=np.array([flag for _, example in kept for flag in example.learn], dtype=np.uint8),
+        ids=np.fromiter(itertools.chain.from_iterable(example.ids for _, example in kept), np.int32),
+        learn=np.fromiter(itertools.chain.from_iterable(example.learn for _, example in kept), np.uint8),
         lengths=np.array([len(example.ids) for _, example in kept], dtype=np.int64),
         keys=np.array([key for key, _ in kept], dtype=np.uint64),
         lowest_key=min((key for key, _ in origins), default=2**64 - 1),
@@ -141,24 +147,14 @@ def batches(rows: Iterator[Row], source: Source) -> Iterator[Batch]:
 
 
 def tokenise_all(work: Iterator[Batch], spec: DataSpec, encoder: HarmonyEncoder) -> Iterator[Chunk]:
-    """Encode batches in order: the first ones here, and where there are many, the rest in workers."""
-    for source, rows in itertools.islice(work, INLINE_BATCHES):
-        yield tokenise(rows, source, spec, encoder)
+    """Encode batches, in order: in threads, and where there are many, after the first in workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = spec.workers or (cores if cores >= CORES_FOR_WORKERS else 1)
-    rest = next(work, None)
-    if rest is None:
+    here = itertools.islice(work, INLINE_BATCHES if workers > 1 else None)
+    job = partial(tokenise, spec=spec, encoder=encoder)
+    yield from _in_order(ThreadPoolExecutor(THREADS), here, job, AHEAD * THREADS)
+    if (first := next(work, None)) is None:
         return
-    work = itertools.chain([rest], work)
-    if workers > 1:
-        yield from _in_workers(work, spec, encoder, workers)
-    else:
-        yield from (tokenise(rows, source, spec, encoder) for source, rows in work)
-
-
-def _in_workers(
-    work: Iterator[Batch], spec: DataSpec, encoder: HarmonyEncoder, workers: int
-) -> Iterator[Chunk]:
     # Spawned, not forked: the trainer's process has threads and perhaps a CUDA context by now.
     pool = ProcessPoolExecutor(
         workers,
@@ -166,22 +162,40 @@ def _in_workers(
         initializer=_start_worker,
         initargs=(encoder.tokenizer.to_str(), spec),
     )
-    waiting: deque[Future[Chunk]] = deque()
     try:
-        for source, rows in work:
-            waiting.append(pool.submit(_work, rows, source))
-            # A bounded queue in front of the workers is what bounds the memory.
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from _in_order(pool, itertools.chain([first], work), _work, AHEAD * workers)
     except BrokenProcessPool:
         raise FinetuneError(
             "a worker process that prepares the data was ended from outside, most likely for lack of memory; "
             "data.workers: 1 prepares in one process"
         ) from None
+
+
+def _in_order(
+    pool: Executor, work: Iterator[Batch], job: Callable[[list[Row], Source], Chunk], ahead: int
+) -> Iterator[Chunk]:
+    """What `job` makes of each batch; the pool is done with when this ends, however it ends."""
+    jobs = _submitted(pool, work, job)
+    try:
+        waiting = deque(itertools.islice(jobs, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(jobs, 1))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(
+    pool: Executor, work: Iterator[Batch], job: Callable[[list[Row], Source], Chunk]
+) -> Iterator[Future[Chunk]]:
+    try:
+        for source, rows in work:
+            yield pool.submit(job, rows, source)
+    except FinetuneError as error:
+        # A file that breaks off is read ahead of time: what is wrong in the rows before it comes first.
+        broken: Future[Chunk] = Future()
+        broken.set_exception(error)
+        yield broken
 
 
 _worker: tuple[HarmonyEncoder, DataSpec] | None = None
@@ -190,6 +204,7 @@ _worker: tuple[HarmonyEncoder, DataSpec] | None = None
 def _start_worker(tokenizer: str, spec: DataSpec) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that waits for us ends us
     from tokenizers import Tokenizer
 
     from finetune.chat import HarmonyEncoder

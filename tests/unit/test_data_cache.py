@@ -117,7 +117,7 @@ def test_two_processes_that_prepare_at_once_end_with_one_entry(file: Path, tmp_p
 
 def write_entry(folder: Path, file: Path) -> None:
     found = recipe(file)
-    cache.write(folder, prepare._chunks(found.data.train, found.data, byte_encoder()))
+    cache.write(folder, prepare._chunks(found.data.train, found.data, byte_encoder(), None))
 
 
 KILLED = """
