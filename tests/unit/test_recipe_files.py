@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.predict import RELEASED, gpu, predict
 from finetune.recipe import dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "recipes" / "nano" / "pretrain.yaml"
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - {PRETRAIN})
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CARDS_OF_24_GB = ("rtx4090", "rtx3090", "l4")
 # What a base leaves to the recipes that extend it.
 GIVEN = ["name=given", "data.train=rows.jsonl"]
 
@@ -32,6 +34,24 @@ def test_every_shipped_recipe_loads_and_its_dump_loads_back(path: Path, tmp_path
     recipe = load_recipe(path, GIVEN if path.parent.name == "base" else [])
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "most"),
+    [
+        ("gpt-oss-20b/16gb", "16gb", 15.5), *(("gpt-oss-20b/24gb", card, 23) for card in CARDS_OF_24_GB),
+        *(("gpt-oss-120b/24gb", card, 22) for card in CARDS_OF_24_GB),
+    ],
+)  # fmt: skip
+def test_a_recipe_for_a_small_card_is_predicted_to_fit_and_its_comment_says_the_peak(
+    recipe: str, card: str, most: float
+) -> None:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    loaded, machine = load_recipe(path), gpu(card)
+    found = predict(loaded, RELEASED[loaded.model.base], machine)
+    assert found.fits and found.memory.total < most * 1e9 < machine.memory
+    said = re.search(r"predicted peak ([\d.]+) GB", path.read_text())
+    assert said and found.memory.total / 1e9 <= float(said[1]) + 0.05
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
