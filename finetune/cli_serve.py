@@ -25,19 +25,20 @@ Engine = Annotated[
 Host = Annotated[str, typer.Option(help="Where to listen; beyond this machine it takes a key.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")]
 Key = Annotated[str | None, typer.Option(envvar="FINETUNE_API_KEY", help="What clients have to send.")]
-Page = Annotated[bool, typer.Option("--ui", help="A page at / to talk to base and tuned.")]
+Page = Annotated[bool, typer.Option("--ui", help="Local engine: a page at / to talk to base and tuned.")]
 Dtype = Annotated[
     Literal["bfloat16", "float32"] | None,
-    typer.Option(help="What to compute in: the run's, or bfloat16, unless given."),
+    typer.Option(help="Local engine: what to compute in; the run's, or bfloat16, unless given."),
 ]
 Context = Annotated[
-    int | None, typer.Option(min=1, help="Longest prompt and answer in tokens; the model's unless given.")
+    int | None,
+    typer.Option("--context", min=1, help="Longest prompt and answer in tokens; the model's unless given."),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Requests answered at once.")]
-Waiting = Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")]
+Batch = Annotated[int, typer.Option(min=1, help="Local engine: requests answered at once.")]
+Waiting = Annotated[int, typer.Option(min=1, help="Local engine: requests that may wait; more get 429.")]
 CacheGb = Annotated[
     float | None,
-    typer.Option(min=0, help="Memory for keys and values; a share of what is free unless given."),
+    typer.Option(min=0, help="Local engine: memory for keys and values; a share of the free unless given."),
 ]
 Base = Annotated[
     str | None,
@@ -46,7 +47,13 @@ Base = Annotated[
 Print = Annotated[bool, typer.Option("--print", help="Other engines: only print the command that starts it.")]
 
 
+# Settings that mean nothing to the other kind of engine.
+OF_LOCAL = ("ui", "dtype", "batch", "queue", "cache_gb")
+OF_OTHERS = ("base", "print_only")
+
+
 def serve(
+    context: typer.Context,
     where: Served,
     adapter: More = None,
     engine: Engine = "local",
@@ -55,7 +62,7 @@ def serve(
     api_key: Key = None,
     ui: Page = False,
     dtype: Dtype = None,
-    context: Context = None,
+    longest: Context = None,
     batch: Batch = 32,
     queue: Waiting = 256,
     cache_gb: CacheGb = None,
@@ -77,20 +84,15 @@ def serve(
             elif engine == "local":
                 typer.echo(_welcome(url, models, ui))
 
+        _refuse_settings_of_another(context, engine)
         if engine != "local":
-            if ui or dtype or cache_gb:
-                raise FinetuneError("--ui, --dtype and --cache-gb are settings of --engine local")
             from finetune.serve.launch import Address, launch
 
-            address = Address(host, port, api_key, context)
+            address = Address(host, port, api_key, longest)
             raise typer.Exit(
                 launch(
                     where, engine, address, adapters=adapters, base=base, print_only=print_only, ready=ready
                 )
-            )
-        if base or print_only:
-            raise FinetuneError(
-                "--base and --print are settings of the other engines; choose one with --engine"
             )
         from finetune.serve.limits import Limits
         from finetune.serve.server import serve as run
@@ -103,9 +105,22 @@ def serve(
             api_key=api_key,
             ui=ui,
             dtype=dtype,
-            limits=Limits(batch, queue, context, cache_gb),
+            limits=Limits(batch, queue, longest, cache_gb),
             ready=ready,
         )
+
+
+def _refuse_settings_of_another(context: typer.Context, engine: str) -> None:
+    for parameter in context.command.params:
+        name, source = str(parameter.name), context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if engine != "local" and name in OF_LOCAL:
+            raise FinetuneError(f"{parameter.opts[0]} is a setting of the local engine; {engine} has its own")
+        if engine == "local" and name in OF_OTHERS:
+            raise FinetuneError(
+                f"{parameter.opts[0]} is a setting of the other engines; choose one with --engine"
+            )
 
 
 def _named(given: list[str]) -> dict[str, Path]:

@@ -77,7 +77,17 @@ MISTAKES_OF_SERVING = [
     Mistake(
         "setting of the local engine",
         ("serve", "base", "--engine", "vllm", "--ui"),
-        "--ui, --dtype and --cache-gb are settings of --engine local",
+        "--ui is a setting of the local engine; vllm has its own",
+    ),
+    Mistake(
+        "limit of the local engine",
+        ("serve", "base", "--engine", "llama.cpp", "--batch", "8"),
+        "--batch is a setting of the local engine; llama.cpp has its own",
+    ),
+    Mistake(
+        "setting of other engines",
+        ("serve", "base", "--print"),
+        "--print is a setting of the other engines; choose one with --engine",
     ),
     Mistake("report of no run", ("report", "runs/nowhere"), "runs/nowhere: there is no such run"),
     Mistake(

@@ -125,6 +125,13 @@ def test_limits_that_cannot_be_kept_are_said(base: Path) -> None:
     refused(serve(str(base), "--cache-gb", "0.000001", *port), "larger --cache-gb")
 
 
-def test_settings_of_one_engine_are_refused_by_the_others(base: Path) -> None:
-    refused(serve(str(base), "--engine", "vllm", "--ui"), "settings of --engine local")
-    refused(serve(str(base), "--print"), "settings of the other engines")
+@pytest.mark.parametrize("option", ["--ui", "--dtype=float32", "--batch=32", "--queue=256", "--cache-gb=1"])
+def test_a_setting_of_the_local_engine_is_refused_by_the_others(base: Path, option: str) -> None:
+    name = option.partition("=")[0]
+    said = f"{name} is a setting of the local engine; sglang has its own"
+    refused(serve(str(base), "--engine", "sglang", option), said)
+
+
+@pytest.mark.parametrize("option", ["--base=base", "--print"])
+def test_a_setting_of_other_engines_is_refused_by_the_local_one(base: Path, option: str) -> None:
+    refused(serve(str(base), option), f"{option.partition('=')[0]} is a setting of the other engines")
