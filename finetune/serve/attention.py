@@ -38,10 +38,10 @@ class Span(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """One token of each of `count` sequences; padded, what is read and computed is that of B."""
+    """One token of each of `sequences`; what is read and computed is padded to B of them."""
 
-    count: int
-    write: Tensor  # [count * Hk] rows
+    sequences: int
+    write: Tensor  # [sequences * Hk] rows
     read: Tensor  # [B * Hk * n] pages' parts
     mask: Tensor  # [B, 1, 1, n * S], 0 or -inf
 
@@ -79,7 +79,7 @@ class LayerStep:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         if self.decode is not None:
-            count, mask = self.decode.count, self.decode.mask
+            count, mask = self.decode.sequences, self.decode.mask
             _write(keys, self.decode.write, key[:, :count])
             _write(values, self.decode.write, value[:, :count])
             queries = query[:, : mask.shape[0]].transpose(0, 1).unsqueeze(2)  # [B, Hq, 1, D]

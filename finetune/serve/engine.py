@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import FinetuneError, sentence_of
+from finetune.model import keep_decoded
 from finetune.serve.runner import Runner, Work
 from finetune.serve.sampling import choose, score
 from finetune.serve.scheduler import Ending, Event, Planned, Scheduler, Sequence
@@ -74,8 +75,8 @@ class Engine:
         """The share of the pages that is taken."""
         return self._scheduler.pages.used / self._scheduler.pages.count
 
-    def submit(self, sequence: Sequence) -> None:
-        """Put a sequence in the queue.
+    def submit(self, *sequences: Sequence) -> None:
+        """Put the sequences of one request in the queue: all, if there is room for the first.
 
         Raises:
             QueueFull: as many wait as may.
@@ -83,7 +84,7 @@ class Engine:
         with self._wake:
             if self.waiting >= self._queue:
                 raise QueueFull(f"{self._queue} requests wait already; try again in a moment")
-            self._arrived.append(sequence)
+            self._arrived.extend(sequences)
             self._wake.notify()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -96,19 +97,20 @@ class Engine:
     def _run(self) -> None:
         # The server's other threads need a core too; where they take one of the model's, all of those wait.
         torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - 1)))
-        while self._take_in():
-            plan = self._scheduler.plan()
-            if not plan:
-                continue
-            events: list[tuple[Sequence, Event]] = []
-            # One model call an adapter; the sort is stable, so single tokens stay before chunks.
-            by_adapter = sorted(plan, key=lambda item: item.sequence.adapter or "")
-            for _, group in groupby(by_adapter, key=lambda item: item.sequence.adapter):
-                events += self._compute(list(group))
-            self._tell(events)
+        with keep_decoded(self.runner.model):
+            while self._take_in():
+                self._step()
         problem = "the server is shutting down"
         left = [*self._scheduler.running, *self._scheduler.waiting, *self._arrived]
         self._tell([(sequence, Event(None, ending="failed", problem=problem)) for sequence in left])
+
+    def _step(self) -> None:
+        events: list[tuple[Sequence, Event]] = []
+        # One model call an adapter; the sort is stable, so single tokens stay before chunks.
+        by_adapter = sorted(self._scheduler.plan(), key=lambda item: item.sequence.adapter or "")
+        for _, group in groupby(by_adapter, key=lambda item: item.sequence.adapter):
+            events += self._compute(list(group))
+        self._tell(events)
 
     def _take_in(self) -> bool:
         """Wait for work, take what has arrived, drop what was cancelled; False when it is time to end."""
@@ -150,6 +152,7 @@ class Engine:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if sequence.constraint is not None:
                 sequence.constraint.accept(token)
+            sequence.draws.wrote(token)
             sequence.ids.append(token)
             ending = _ending(sequence, token)
             if ending:

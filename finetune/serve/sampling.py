@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,19 +16,25 @@ from torch import Tensor
 class Sampling:
     """`temperature` 0 is greedy; `top_logprobs` None reports no log-probabilities, 0 that of the token alone.
 
-    `stop_ids` end the answer and are part of it.
+    `logit_bias` is added to the logits of its tokens. Of a token that the answer holds n times already the
+    penalties take n * frequency_penalty + presence_penalty, as OpenAI's API defines them. `stop_ids` end the
+    answer and are part of it. `max_tokens` 0 is as many as there is room for.
     """
 
-    max_tokens: int
+    max_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     top_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
 
 
 class Scored(NamedTuple):
-    """Natural log-probabilities, before temperature and masks: of the chosen token and of the likeliest."""
+    """Natural log-probabilities of the chosen token and of the likeliest, before temperature, penalties and
+    masks."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -45,18 +51,31 @@ class Draws:
     def __init__(self, sampling: Sampling) -> None:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
+        self.added = dict(sampling.logit_bias)  # to the logits of these tokens
+        self._penalties = sampling.frequency_penalty, sampling.presence_penalty
+        self._written: set[int] = set()
         self._random = random.Random(sampling.seed)
 
     def next(self) -> float:
         """In [0, 1)."""
         return self._random.random()
 
+    def wrote(self, token: int) -> None:
+        """The token that was chosen, and is from now on less likely."""
+        if any(self._penalties):
+            each, first = self._penalties
+            penalty = each if token in self._written else each + first
+            self.added[token] = self.added.get(token, 0.0) - penalty
+            self._written.add(token)
+
 
 def choose(logits: Tensor, draws: Sequence[Draws], masks: Sequence[Tensor | None]) -> list[int]:
     """The next token of each row of `logits [n, V]`; a mask `[V]` bool says what a row may choose at all."""
-    if any(mask is not None for mask in masks):
+    if any(mask is not None for mask in masks) or any(draw.added for draw in draws):
         logits = logits.clone()
-        for row, mask in zip(logits, masks, strict=True):
+        for row, draw, mask in zip(logits, draws, masks, strict=True):
+            if draw.added:
+                row[list(draw.added)] += torch.tensor(list(draw.added.values()), device=row.device)
             if mask is not None:
                 row.masked_fill_(~mask.to(row.device), -torch.inf)
     tokens: list[int] = logits.argmax(-1).tolist()

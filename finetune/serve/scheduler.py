@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from finetune.serve.attention import Span
 from finetune.serve.cache import PAGE_TOKENS, CacheSize, Pages
-from finetune.serve.constrain import JsonFinal
+from finetune.serve.constrain import Constraint
 from finetune.serve.sampling import Draws, Sampling, Scored
 
 # Prompt tokens of one step: what a step with decoding alone takes is little changed by them on a GPU, and
@@ -43,7 +43,7 @@ class Sequence:
     adapter: str | None
     sampling: Sampling
     sink: Callable[[Event], None]
-    constraint: JsonFinal | None = None
+    constraint: Constraint | None = None
     draws: Draws = field(init=False)
     ids: list[int] = field(init=False)
     computed: int = 0  # tokens whose keys and values are in the cache

@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from finetune.chat import Conversation, HarmonyEncoder
 from finetune.errors import FinetuneError
 from finetune.serve.answer import Finish, HarmonyReader, Piece, Reader, TextReader
-from finetune.serve.constrain import Grammars
+from finetune.serve.constrain import Form, Grammars
 from finetune.serve.engine import Engine
 from finetune.serve.metrics import Metrics
 from finetune.serve.sampling import Sampling
@@ -35,15 +35,12 @@ class AnswerFailed(FinetuneError):
 
 @dataclass(frozen=True)
 class Asked:
-    """How an answer is to be made; `max_tokens` None is all that the context leaves."""
+    """How answers are to be made, and how many; `form` None is as the model likes."""
 
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    top_logprobs: int | None = None
+    sampling: Sampling
+    answers: int = 1
     stops: tuple[str, ...] = ()
-    schema: dict[str, object] | None = None
+    form: Form | None = None
 
 
 class Answer:
@@ -52,7 +49,7 @@ class Answer:
     def __init__(
         self, service: Service, model: str, prompt: list[int], sampling: Sampling, reader: Reader
     ) -> None:
-        self.prompt_tokens = len(prompt)
+        self.prompt = prompt
         self.tokens = 0
         self.model = model
         adapter = model if model in service.subject.adapters else None
@@ -103,7 +100,13 @@ class Answer:
         self._closed = True
         self._service.engine.cancel(self.sequence)
         seconds = time.perf_counter() - self._began
-        self._service.metrics.answered(self.model, self.prompt_tokens, self.tokens, seconds)
+        self._service.metrics.answered(self.model, len(self.prompt), self.tokens, seconds)
+
+
+def count_tokens(answers: Sequence[Answer]) -> tuple[int, int]:
+    """Of the prompts, each counted once, and of the answers."""
+    prompts = {id(answer.prompt): len(answer.prompt) for answer in answers}
+    return sum(prompts.values()), sum(answer.tokens for answer in answers)
 
 
 class Service:
@@ -138,7 +141,7 @@ class Service:
         adapter = self.subject.adapters.get(name)
         return "fp_" + hashlib.sha256(f"{self.subject.base_fingerprint} {adapter}".encode()).hexdigest()[:12]
 
-    async def ask(self, model: str, conversation: Conversation, asked: Asked) -> Answer:
+    async def ask(self, model: str, conversation: Conversation, asked: Asked) -> list[Answer]:
         """Put a conversation before a model.
 
         Raises:
@@ -147,41 +150,51 @@ class Service:
         self.model(model)
         # In a thread: the tokens of a long conversation, or a large grammar, take tenths of a second.
         prompt = await asyncio.to_thread(self.encoder.prompt_ids, conversation)
-        constraint = None
-        if asked.schema is not None:
-            grammars = await asyncio.to_thread(self._make_grammars)
-            grammar = await asyncio.to_thread(grammars.compile, asked.schema)
-            constraint = grammars.constraint(grammar, may_call=bool(conversation.tools))
-        reader = HarmonyReader(self.encoder, asked.stops, final_only=constraint is not None)
-        answer = self._prepare(model, prompt, reader, asked)
-        answer.sequence.constraint = constraint
-        self.engine.submit(answer.sequence)
-        return answer
+        json_only = asked.form is not None and asked.form.final is not None
 
-    def go_on(self, model: str, prompt: list[int], asked: Asked) -> Answer:
+        def reader() -> Reader:
+            return HarmonyReader(self.encoder, asked.stops, final_only=json_only)
+
+        answers = self._prepare(model, [prompt], reader, asked)
+        if asked.form is not None:
+            grammars = await asyncio.to_thread(self._make_grammars)
+            grammar = await asyncio.to_thread(grammars.compile, asked.form)
+            for answer in answers:
+                answer.sequence.constraint = grammars.constraint(grammar)
+        self.engine.submit(*(answer.sequence for answer in answers))
+        return answers
+
+    def go_on(self, model: str, prompts: list[list[int]], asked: Asked) -> list[Answer]:
         """Let a model go on from token ids, and read what it writes as text; raises as `ask`."""
         self.model(model)
-        answer = self._prepare(model, prompt, TextReader(self.encoder, asked.stops), asked)
-        self.engine.submit(answer.sequence)
-        return answer
+        answers = self._prepare(model, prompts, lambda: TextReader(self.encoder, asked.stops), asked)
+        self.engine.submit(*(answer.sequence for answer in answers))
+        return answers
 
-    def _prepare(self, model: str, prompt: list[int], reader: Reader, asked: Asked) -> Answer:
-        room = self.context - len(prompt)
-        if room < (asked.max_tokens or 1):
-            wanted = f" and an answer of up to {asked.max_tokens}" if asked.max_tokens else ""
-            raise ContextOverflow(
-                f"a prompt of {len(prompt)} tokens{wanted} is more than the {self.context} of this server"
-            )
-        sampling = Sampling(
-            max_tokens=asked.max_tokens or room,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            # Drawn here, so that an answer that has to start over draws the same again.
-            seed=int.from_bytes(os.urandom(8)) if asked.seed is None else asked.seed,
-            top_logprobs=asked.top_logprobs,
-            stop_ids=self.encoder.stop_ids,
-        )
-        return Answer(self, model, prompt, sampling, reader)
+    def _prepare(
+        self, model: str, prompts: list[list[int]], reader: Callable[[], Reader], asked: Asked
+    ) -> list[Answer]:
+        """Of each prompt as many answers as are asked for, with seeds one after the other."""
+        most, last = asked.sampling.max_tokens, self.encoder.tokenizer.get_vocab_size() - 1
+        if (worst := max(asked.sampling.logit_bias, default=0)) > last:
+            raise FinetuneError(f"logit_bias names the token {worst}, and the last one there is is {last}")
+        answers = []
+        for prompt in prompts:
+            room = self.context - len(prompt)
+            if room < (most or 1):
+                wanted = f" and an answer of up to {most}" if most else ""
+                raise ContextOverflow(
+                    f"a prompt of {len(prompt)} tokens{wanted} is more than the {self.context} of this server"
+                )
+            for number in range(asked.answers):
+                # Drawn here, so that an answer that has to start over draws the same again.
+                seed = asked.sampling.seed
+                seed = int.from_bytes(os.urandom(8)) if seed is None else seed + number
+                sampling = replace(
+                    asked.sampling, max_tokens=most or room, seed=seed, stop_ids=self.encoder.stop_ids
+                )
+                answers.append(Answer(self, model, prompt, sampling, reader()))
+        return answers
 
     def _make_grammars(self) -> Grammars:
         if self._grammars is None:

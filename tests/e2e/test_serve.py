@@ -100,6 +100,30 @@ def _from_stream(chunks: Any) -> dict[str, Any]:
     return {"role": "assistant", "reasoning_content": thinking, "tool_calls": [call]}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book_room"}}])
+def test_a_tool_is_called_where_one_has_to_be(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    sizes = {"type": "object", "properties": {"beds": {"enum": [1, 2]}}, "required": ["beds"]}
+    other = {"name": "book_room", "parameters": {**sizes, "additionalProperties": False}}
+    tools = [TOOL, {"type": "function", "function": other}]
+    # What nano would say of its own accord is a number.
+    answer = ask(client, tools=tools, tool_choice=choice, stream=stream, max_tokens=400)
+    message = _from_stream(answer) if stream else answer.choices[0].message.model_dump()
+    (call,) = message["tool_calls"]
+    if choice != "required":
+        assert call["function"]["name"] == "book_room"
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments in ({"beds": 1}, {"beds": 2}) or isinstance(arguments["city"], str)
+
+
+def test_strict_arguments_fit_and_nothing_forces_a_call(client: openai.OpenAI) -> None:
+    strict = {"type": "function", "function": {**WEATHER, "strict": True}}
+    assert ask(client, tools=[strict]).choices[0].message.content == "433"
+    messages = [{"role": "user", "content": "Weather in Oslo, please."}]
+    (call,) = ask(client, tools=[strict], messages=messages).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Oslo"}
+
+
 def test_tool_choice_none_hides_the_tools(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Weather in Oslo, please."}]
     with_tools = ask(client, messages=messages, tools=[TOOL])
@@ -159,6 +183,35 @@ def test_a_seed_gives_the_same_answer_whatever_else_is_answered(client: openai.O
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(drawn, range(6))) == alone
     assert len(set(alone)) > 1
+
+
+def test_several_answers_are_those_of_one_seed_after_the_other(client: openai.OpenAI) -> None:
+    options: Any = {"temperature": 2, "top_p": 0.95, "max_tokens": 12}
+    several = ask(client, n=3, seed=5, **options)
+    alone = [ask(client, seed=seed, **options) for seed in (5, 6, 7)]
+    assert [c.message for c in several.choices] == [one.choices[0].message for one in alone]
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    streamed = ["", "", ""]
+    for chunk in ask(client, n=3, seed=5, stream=True, **options):
+        (choice,) = chunk.choices
+        streamed[choice.index] += getattr(choice.delta, "reasoning_content", None) or ""
+    assert streamed == [getattr(c.message, "reasoning_content", None) or "" for c in several.choices]
+    texts = client.completions.create(model="nano", prompt=["a", "b"], n=2, max_tokens=2, seed=1)
+    assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
+
+
+def test_penalties_and_biases_change_what_is_written(client: openai.OpenAI, server: Running) -> None:
+    (four,) = server.service.encoder.encode_text("4")
+    assert "4" not in ask(client, logit_bias={str(four): -100}).choices[0].message.content
+    options: Any = {"model": "nano", "prompt": "la la la la la la", "temperature": 0, "max_tokens": 30}
+
+    def different_tokens(**penalties: Any) -> int:
+        answer: Any = client.completions.create(logprobs=0, **options, **penalties)
+        return len(set(answer.choices[0].logprobs.tokens))
+
+    assert different_tokens(frequency_penalty=2, presence_penalty=2) > different_tokens()
 
 
 def test_every_model_is_listed_and_answers_by_its_name(client: openai.OpenAI, server: Running) -> None:

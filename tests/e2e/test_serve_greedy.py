@@ -67,6 +67,12 @@ def merged(adapter: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def packed(adapter: Path) -> Path:
+    export(adapter, "mxfp4", adapter.parent / "packed")
+    return adapter.parent / "packed"
+
+
+@pytest.fixture(scope="module")
 def encoder() -> HarmonyEncoder:
     return HarmonyEncoder.from_dir(NANO)
 
@@ -104,6 +110,20 @@ def test_base_and_adapter_in_one_batch_say_what_generate_says(
     for name, expected in ((None, base), ("tuned", tuned)):
         for place in (0, -1):
             assert answer_all(service, [(name, prompts[place])]) == [expected[place]]
+    service.engine.stop()
+
+
+@pytest.mark.parametrize("kind", ["merged", "packed"])
+def test_an_export_says_what_generate_says_alone_and_among_thirty_two(
+    kind: str, request: pytest.FixtureRequest, encoder: HarmonyEncoder, prompts: list[list[int]]
+) -> None:
+    where: Path = request.getfixturevalue(kind)
+    expected = generated(where, encoder, prompts)
+    service = load(find_subject(str(where), {}), dtype="float32", limits=Limits(batch=32, queue=1000))
+    service.engine.start()
+    assert len(prompts) == 32 and answer_all(service, [(None, prompt) for prompt in prompts]) == expected
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert answer_all(service, [(None, prompt)]) == [answer]
     service.engine.stop()
 
 

@@ -33,6 +33,8 @@ HELLO: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hello"}],
     "temperature": 0,
 }
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+UNKEPT = {"name": "f", "strict": True, "parameters": {"type": "object", "not": {"required": ["a"]}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}
 
 
@@ -82,12 +84,17 @@ WRONG: dict[str, tuple[int, Any, str]] = {
     ),
     "temperature as text": (400, {"temperature": "hot"}, "temperature: Input should be a valid number"),
     "a temperature too high": (400, {"temperature": 3}, "should be less than or equal to 2"),
-    "an unknown parameter": (400, {"logit_bias": {"5": 1}}, "'logit_bias' is not supported by this server"),
-    "several answers": (400, {"n": 2}, "send several requests"),
-    "penalties": (400, {"frequency_penalty": 0.5}, "penalties are not supported"),
-    "a forced tool": (400, {"tool_choice": "required"}, "tool_choice"),
-    "strict arguments": (
-        400, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"
+    "an unknown parameter": (400, {"modalities": ["text"]}, "'modalities' is not supported by this server"),
+    "too many answers": (400, {"n": 17}, "n: Input should be less than or equal to 16"),
+    "a penalty too high": (400, {"frequency_penalty": 3}, "should be less than or equal to 2"),
+    "a bias of no token": (400, {"logit_bias": {"x": 1}}, "logit_bias"),
+    "a bias of a token beyond the last": (400, {"logit_bias": {"99999": 1}}, "names the token 99999"),
+    "a forced call without tools": (400, {"tool_choice": "required"}, "there is no such tool"),
+    "a forced call of another tool": (
+        400, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "a call of g"
+    ),
+    "strict arguments that cannot be kept": (
+        400, {"tools": [{"type": "function", "function": UNKEPT}]}, "this JSON schema cannot be enforced"
     ),
     "a tool of another kind": (400, {"tools": [{"type": "web_search"}]}, "tools.0.type"),
     "a schema that is none": (400, {"response_format": SCHEMA}, "this JSON schema cannot be enforced"),

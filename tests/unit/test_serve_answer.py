@@ -17,7 +17,7 @@ from finetune.chat import HarmonyEncoder, parse_completion
 from finetune.errors import FinetuneError
 from finetune.serve.answer import HarmonyReader, Piece, Reader, TextReader
 from finetune.serve.api.completions import raw_ids
-from finetune.serve.constrain import OBJECT, Grammars
+from finetune.serve.constrain import OBJECT, Constraint, Form, Grammars
 from finetune.serve.harmony import Position
 from finetune.serve.sampling import Scored
 from finetune.serve.scheduler import Event
@@ -129,10 +129,7 @@ def test_json_is_enforced_in_the_final_message_alone() -> None:
         "additionalProperties": False,
     }
     grammars = Grammars(ENCODER, vocabulary=300)
-    constraint = grammars.constraint(grammars.compile(schema), may_call=False)
-    free = constraint.allowed()
-    assert not free[[ENCODER.return_id, ENCODER.call_id, ENCODER.pad_id]].any()
-    assert free[ENCODER.end_id] and free[ord("x")]
+    constraint = grammars.constraint(grammars.compile(Form(schema, {})))
     for token in raw_ids(ENCODER, f"{THINKING}{FINAL}"):
         assert constraint.allowed()[token]
         constraint.accept(token)
@@ -151,8 +148,37 @@ def test_json_is_enforced_in_the_final_message_alone() -> None:
 
 def test_only_calls_may_end_a_turn_early_where_there_are_tools() -> None:
     grammars = Grammars(ENCODER, vocabulary=300)
-    constraint = grammars.constraint(grammars.compile(OBJECT), may_call=True)
-    assert constraint.allowed()[ENCODER.call_id] and not constraint.allowed()[ENCODER.return_id]
+    constraint = grammars.constraint(grammars.compile(Form(OBJECT, {"add": OBJECT})))
+    assert taken(constraint, f'{THINKING}{CALL}{{"a": 1}}<|call|>')
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        " to=functions.add<|channel|>commentary <|constrain|>json<|message|>",
+        " to=functions.add<|channel|>commentary<|message|>",
+        "<|channel|>commentary to=functions.add <|constrain|>json<|message|>",
+    ],
+)
+def test_a_forced_call_names_its_tool_fits_its_schema_and_is_all_there_may_be(header: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    grammars = Grammars(ENCODER, vocabulary=300)
+    grammar = grammars.compile(Form(None, {"add": schema, "sub": OBJECT}, must_call=True))
+    for before in ("", f"{THINKING}<|start|>assistant"):
+        assert taken(grammars.constraint(grammar), f'{before}{header}{{"a": 1}}<|call|>')
+    assert not taken(grammars.constraint(grammar), f'{header}{{"a": "x"}}<|call|>')
+    assert not taken(grammars.constraint(grammar), header.replace("add", "mul"))
+    assert not taken(grammars.constraint(grammar), FINAL.removeprefix("<|start|>assistant"))
+    assert not taken(grammars.constraint(grammar), f"{THINKING}<|return|>")
+
+
+def taken(constraint: Constraint, text: str) -> bool:
+    """Whether every token of a text is allowed where it stands."""
+    for token in raw_ids(ENCODER, text):
+        if not constraint.allowed()[token]:
+            return False
+        constraint.accept(token)
+    return True
 
 
 @pytest.mark.parametrize(
@@ -160,12 +186,12 @@ def test_only_calls_may_end_a_turn_early_where_there_are_tools() -> None:
 )
 def test_a_schema_that_cannot_be_kept_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(FinetuneError, match="this JSON schema cannot be enforced"):
-        Grammars(ENCODER, vocabulary=300).compile(schema)
+        Grammars(ENCODER, vocabulary=300).compile(Form(schema, {}))
 
 
 def test_white_space_between_parts_has_an_end() -> None:
     grammars = Grammars(ENCODER, vocabulary=300)
-    constraint = grammars.constraint(grammars.compile(OBJECT), may_call=False)
+    constraint = grammars.constraint(grammars.compile(Form(OBJECT, {})))
     for token in raw_ids(ENCODER, FINAL.removeprefix("<|start|>assistant")):
         constraint.accept(token)
     for token in raw_ids(ENCODER, "{\n" + " " * 32):
@@ -177,7 +203,7 @@ def test_white_space_between_parts_has_an_end() -> None:
 def test_the_released_vocabulary_can_be_held_to_json(shared: Path) -> None:
     encoder = HarmonyEncoder.from_dir(shared / "o200k")
     grammars = Grammars(encoder, vocabulary=201_088)
-    constraint = grammars.constraint(grammars.compile(OBJECT), may_call=False)
+    constraint = grammars.constraint(grammars.compile(Form(OBJECT, {})))
     for token in raw_ids(encoder, '<|channel|>final<|message|>{"name": [1, 2.5, null], "é": "ü"}<|return|>'):
         allowed = constraint.allowed()
         assert allowed[token] and allowed.dtype == torch.bool

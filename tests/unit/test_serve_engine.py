@@ -213,6 +213,18 @@ def test_draws_follow_the_distribution_and_top_p_cuts_its_tail() -> None:
     assert {choose(p.log().unsqueeze(0), [sharp], [None])[0] for _ in range(20)} == {0}
 
 
+def test_penalties_take_from_what_was_written_and_a_bias_adds() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    draws = Draws(Sampling(temperature=0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias={2: 0.5}))
+    written = []
+    for _ in range(5):
+        (token,) = choose(logits, [draws], [None])
+        draws.wrote(token)
+        written.append(token)
+    # 2 falls to 1.25 and 0.75, 1 to 0.25, and 0.5 (the bias) to -0.25.
+    assert written == [0, 0, 1, 0, 2] and logits.tolist() == [[2.0, 1.0, 0.0]]
+
+
 def test_a_mask_leaves_only_what_it_allows_and_scores_as_if_there_were_none() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     mask = torch.tensor([False, False, True])

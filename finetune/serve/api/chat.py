@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,8 +25,8 @@ from finetune.serve.api.chat_schema import (
     Usage,
 )
 from finetune.serve.api.errors import RESPONSES
-from finetune.serve.api.stream import STREAMED, EventStream, event, unless_gone
-from finetune.serve.service import Answer, Service
+from finetune.serve.api.stream import STREAMED, EventStream, close, event, merged, unless_gone
+from finetune.serve.service import Answer, Service, count_tokens
 
 router = APIRouter()
 
@@ -34,7 +35,7 @@ router = APIRouter()
 async def complete_chat(body: ChatRequest, request: Request) -> Any:
     """Answer a conversation; what the model thought stands apart, as `reasoning_content`."""
     service: Service = request.app.state.service
-    answer = await service.ask(body.model, body.conversation(), body.asked())
+    answers = await service.ask(body.model, body.conversation(), body.asked())
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -43,60 +44,84 @@ async def complete_chat(body: ChatRequest, request: Request) -> Any:
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_chunks(answer, head, service, usage=usage, logprobs=body.logprobs), answer.close)
+        return EventStream(_chunks(answers, head, service, usage=usage, logprobs=body.logprobs), answers)
     try:
-        return await unless_gone(_whole(answer, head, service, logprobs=body.logprobs), request.receive)
+        drafts = await unless_gone(_drafts(answers), request.receive)
     finally:
-        answer.close()
+        close(answers)
+    choices = [
+        Choice(
+            index=index,
+            message=draft.message(),
+            logprobs=Logprobs(content=[logprob(service, token) for token in draft.tokens])
+            if body.logprobs
+            else None,
+            finish_reason=answer.finish,
+        )
+        for index, (answer, draft) in enumerate(zip(answers, drafts, strict=True))
+    ]
+    return ChatCompletion(**head, choices=choices, usage=usage_of(answers))
 
 
-async def _whole(answer: Answer, head: dict[str, Any], service: Service, *, logprobs: bool) -> ChatCompletion:
-    reasoning, content = "", ""
-    calls: list[ToolCall] = []
-    tokens: list[ScoredToken] = []
-    async for piece in answer.pieces():
+@dataclass
+class _Draft:
+    """An answer as far as it is known."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
         if piece.kind == "reasoning":
-            reasoning += piece.text
+            self.reasoning += piece.text
         elif piece.kind == "content":
-            content += piece.text
-            tokens += piece.tokens
+            self.content += piece.text
+            self.tokens += piece.tokens
         elif piece.kind == "call":
-            calls.append(ToolCall(id=call_id(), function=CalledFunction(name=piece.text, arguments="")))
+            self.calls.append(ToolCall(id=call_id(), function=CalledFunction(name=piece.text, arguments="")))
         else:
-            calls[-1].function.arguments += piece.text
-    message = AnswerMessage(
-        content=content or (None if calls else ""),
-        reasoning_content=reasoning or None,
-        tool_calls=calls or None,
-    )
-    choice = Choice(
-        message=message,
-        logprobs=Logprobs(content=[logprob(service, token) for token in tokens]) if logprobs else None,
-        finish_reason=answer.finish,
-    )
-    return ChatCompletion(**head, choices=[choice], usage=usage_of(answer))
+            self.calls[-1].function.arguments += piece.text
+
+    def message(self) -> AnswerMessage:
+        return AnswerMessage(
+            content=self.content or (None if self.calls else ""),
+            reasoning_content=self.reasoning or None,
+            tool_calls=self.calls or None,
+        )
+
+
+async def _drafts(answers: Sequence[Answer]) -> list[_Draft]:
+    drafts = [_Draft() for _ in answers]
+    async for index, piece in merged(answers):
+        if piece is not None:
+            drafts[index].add(piece)
+    return drafts
 
 
 async def _chunks(
-    answer: Answer, head: dict[str, Any], service: Service, *, usage: bool, logprobs: bool
+    answers: Sequence[Answer], head: dict[str, Any], service: Service, *, usage: bool, logprobs: bool
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
 
-    def chunk(delta: dict[str, Any], finish: str | None = None, scored: Any = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": scored, "finish_reason": finish}
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, scored: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": scored, "finish_reason": finish}
         return event({**head, "choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""})
-    calls = 0
-    async for piece in answer.pieces():
+    for index in range(len(answers)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    calls = [0] * len(answers)
+    async for index, piece in merged(answers):
+        if piece is None:
+            yield chunk(index, {}, answers[index].finish)
+            continue
         scored = None
         if logprobs and piece.kind == "content":
             scored = {"content": [logprob(service, token).model_dump() for token in piece.tokens]}
-        calls += piece.kind == "call"
-        yield chunk(_delta(piece, calls - 1), scored=scored)
-    yield chunk({}, answer.finish)
+        calls[index] += piece.kind == "call"
+        yield chunk(index, _delta(piece, calls[index] - 1), scored=scored)
     if usage:
-        yield event({**head, "choices": [], "usage": usage_of(answer).model_dump()})
+        yield event({**head, "choices": [], "usage": usage_of(answers).model_dump()})
     yield b"data: [DONE]\n\n"
 
 
@@ -115,12 +140,14 @@ def call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def usage_of(answer: Answer) -> Usage:
+def usage_of(answers: Sequence[Answer]) -> Usage:
+    prompt, made = count_tokens(answers)
+    reasoning = sum(answer.reasoning_tokens for answer in answers)
     return Usage(
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.tokens,
-        total_tokens=answer.prompt_tokens + answer.tokens,
-        completion_tokens_details=TokenDetails(reasoning_tokens=answer.reasoning_tokens),
+        prompt_tokens=prompt,
+        completion_tokens=made,
+        total_tokens=prompt + made,
+        completion_tokens_details=TokenDetails(reasoning_tokens=reasoning),
     )
 
 

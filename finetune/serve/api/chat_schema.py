@@ -8,22 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from finetune.chat import Conversation, read_conversation
 from finetune.serve.api.schema import (
+    Drawn,
     Effort,
+    FunctionTool,
     MaxTokens,
-    NoPenalty,
     NotStored,
     ObjectFormat,
-    One,
-    Seed,
-    Stops,
     StreamOptions,
     Strict,
-    Temperature,
     TextFormat,
-    ToolChoice,
     TopLogprobs,
-    TopP,
     describe_format,
+    form_of,
     instruct,
 )
 from finetune.serve.service import Asked
@@ -51,16 +47,20 @@ class SchemaFormat(Strict):
         return describe_format(named.name, named.description, named.schema_)
 
 
-class Function(Strict):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False], Field(description="Arguments are not constrained.")] = False
-
-
 class Tool(Strict):
     type: Literal["function"]
-    function: Function
+    function: FunctionTool
+
+
+class Named(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class ChatMessage(BaseModel):
@@ -74,11 +74,11 @@ class ChatMessage(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
-class ChatRequest(Strict):
+class ChatRequest(Drawn):
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: list[Tool] = Field(default_factory=list)
-    tool_choice: ToolChoice = "auto"
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: Effort = "medium"
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] = (
@@ -86,17 +86,10 @@ class ChatRequest(Strict):
     )
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    seed: Seed | None = None
-    stop: Stops = Field(default_factory=list)
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: One = 1
-    frequency_penalty: NoPenalty = 0.0
-    presence_penalty: NoPenalty = 0.0
     store: NotStored = False
     user: Annotated[str | None, Field(description="Names the caller; changes nothing.")] = None
 
@@ -113,23 +106,26 @@ class ChatRequest(Strict):
     def conversation(self) -> Conversation:
         """Raises FinetuneError for messages that make no conversation."""
         messages = [message.model_dump(exclude_none=True) for message in self.messages]
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
         row = {
             "messages": instruct(messages, self.response_format.told()),
-            "tools": tools if self.tool_choice == "auto" else [],
+            "tools": tools if self.tool_choice != "none" else [],
             "reasoning_effort": self.reasoning_effort,
         }
         return read_conversation(row)
 
     def asked(self) -> Asked:
+        """Raises FinetuneError where a tool has to be called and is not there."""
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        tools = [tool.function for tool in self.tools]
         return Asked(
-            max_tokens=self.max_tokens or self.max_completion_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            self.sampling(
+                self.max_tokens or self.max_completion_tokens,
+                (self.top_logprobs or 0) if self.logprobs else None,
+            ),
+            answers=self.n,
             stops=tuple(self.stop),
-            schema=self.response_format.schema_asked(),
+            form=form_of(self.response_format.schema_asked(), tools, self.tool_choice, named),
         )
 
 

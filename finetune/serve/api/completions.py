@@ -15,21 +15,15 @@ from pydantic import BaseModel, Field, model_validator
 from finetune.chat import HarmonyEncoder, Segment
 from finetune.chat.encode import HARMONY_TOKENS
 from finetune.errors import FinetuneError
-from finetune.serve.answer import Piece, ScoredToken
+from finetune.serve.answer import ScoredToken
 from finetune.serve.api.errors import RESPONSES
 from finetune.serve.api.schema import (
+    Drawn,
     MaxTokens,
-    NoPenalty,
-    One,
-    Seed,
-    Stops,
     StreamOptions,
-    Strict,
-    Temperature,
-    TopP,
 )
-from finetune.serve.api.stream import STREAMED, EventStream, event, unless_gone
-from finetune.serve.service import Answer, Asked, Service
+from finetune.serve.api.stream import STREAMED, EventStream, close, event, merged, unless_gone
+from finetune.serve.service import Answer, Asked, Service, count_tokens
 
 router = APIRouter()
 
@@ -38,21 +32,14 @@ MAX_PROMPTS = 64
 Ids = list[Annotated[int, Field(ge=0)]]
 
 
-class CompletionRequest(Strict):
+class CompletionRequest(Drawn):
     model: str
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(max_length=MAX_PROMPTS)]
     max_tokens: MaxTokens = 16
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    seed: Seed | None = None
-    stop: Stops = Field(default_factory=list)
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: One = 1
-    best_of: One = 1
-    frequency_penalty: NoPenalty = 0.0
-    presence_penalty: NoPenalty = 0.0
+    best_of: Annotated[Literal[1], Field(description="Nothing is written and left out.")] = 1
     echo: Annotated[Literal[False], Field(description="The prompt is not repeated.")] = False
     user: Annotated[str | None, Field(description="Names the caller; changes nothing.")] = None
 
@@ -80,14 +67,7 @@ class CompletionRequest(Strict):
         return made
 
     def asked(self) -> Asked:
-        return Asked(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            top_logprobs=self.logprobs,
-            stops=tuple(self.stop),
-        )
+        return Asked(self.sampling(self.max_tokens, self.logprobs), self.n, tuple(self.stop))
 
 
 class CompletionLogprobs(BaseModel):
@@ -130,27 +110,20 @@ def raw_ids(encoder: HarmonyEncoder, text: str) -> list[int]:
 async def complete_text(body: CompletionRequest, request: Request) -> Any:
     """Go on from a text, or from several, each in a choice of its own."""
     service: Service = request.app.state.service
-    answers: list[Answer] = []
-
-    def close() -> None:
-        for answer in answers:
-            answer.close()
-
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": body.model,
         "system_fingerprint": service.fingerprint(service.model(body.model)),
     }
+    prompts = await asyncio.to_thread(body.prompts, service.encoder)
+    answers = service.go_on(body.model, prompts, body.asked())
+    if body.stream:
+        return EventStream(_chunks(answers, head, service, body), answers)
     try:
-        for ids in await asyncio.to_thread(body.prompts, service.encoder):
-            answers.append(service.go_on(body.model, ids, body.asked()))
-        if body.stream:
-            return EventStream(_chunks(answers, head, service, body), close)
         choices = await unless_gone(_choices(answers, service, body), request.receive)
-    except BaseException:
-        close()
-        raise
+    finally:
+        close(answers)
     return Completion(**head, choices=choices, usage=_usage(answers))
 
 
@@ -160,7 +133,7 @@ async def _choices(
     scored = body.logprobs is not None
     texts = [""] * len(answers)
     tokens: list[list[ScoredToken]] = [[] for _ in answers]
-    async for index, piece in _merged(answers):
+    async for index, piece in merged(answers):
         if piece:
             texts[index] += piece.text
             tokens[index] += piece.tokens
@@ -179,7 +152,7 @@ async def _chunks(
     answers: list[Answer], head: dict[str, Any], service: Service, body: CompletionRequest
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": "text_completion"}
-    async for index, piece in _merged(answers):
+    async for index, piece in merged(answers):
         scored = None
         if piece and body.logprobs is not None:
             scored = _logprobs(service, list(piece.tokens)).model_dump()
@@ -192,38 +165,12 @@ async def _chunks(
     yield b"data: [DONE]\n\n"
 
 
-async def _merged(answers: list[Answer]) -> AsyncIterator[tuple[int, Piece | None]]:
-    """Pieces of all answers as they come, each with its answer's number; None is the end of one."""
-    arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
-
-    async def listen(index: int, answer: Answer) -> None:
-        try:
-            async for piece in answer.pieces():
-                arrived.put_nowait((index, piece))
-            arrived.put_nowait((index, None))
-        except Exception as error:
-            arrived.put_nowait((index, error))
-
-    tasks = [asyncio.create_task(listen(index, answer)) for index, answer in enumerate(answers)]
-    try:
-        left = len(answers)
-        while left:
-            index, piece = await arrived.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece is None
-            yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def _finish(answer: Answer) -> Literal["stop", "length"]:
     return "length" if answer.finish == "length" else "stop"
 
 
 def _usage(answers: list[Answer]) -> CompletionUsage:
-    prompt, made = sum(a.prompt_tokens for a in answers), sum(a.tokens for a in answers)
+    prompt, made = count_tokens(answers)
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
 
 

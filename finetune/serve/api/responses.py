@@ -25,10 +25,10 @@ Event = dict[str, Any]
 async def respond(body: ResponseRequest, request: Request) -> Any:
     """Answer with items: reasoning, a message, calls of functions. Nothing is stored."""
     service: Service = request.app.state.service
-    answer = await service.ask(body.model, body.conversation(), body.asked())
+    (answer,) = await service.ask(body.model, body.conversation(), body.asked())
     builder = Builder(body, service)
     if body.stream:
-        return EventStream(_events(answer, builder), answer.close)
+        return EventStream(_events(answer, builder), [answer])
     try:
         return await unless_gone(_whole(answer, builder), request.receive)
     finally:
@@ -118,11 +118,11 @@ class Builder:
         if cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         self.response["usage"] = {
-            "input_tokens": answer.prompt_tokens,
+            "input_tokens": len(answer.prompt),
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": answer.tokens,
             "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
-            "total_tokens": answer.prompt_tokens + answer.tokens,
+            "total_tokens": len(answer.prompt) + answer.tokens,
         }
         yield {"type": f"response.{self.response['status']}", "response": self.response}
 

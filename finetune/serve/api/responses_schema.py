@@ -10,18 +10,20 @@ from finetune.chat import Conversation, read_conversation
 from finetune.errors import FinetuneError
 from finetune.serve.api.schema import (
     Effort,
+    FunctionTool,
     MaxTokens,
     NotStored,
     ObjectFormat,
     Strict,
     Temperature,
     TextFormat,
-    ToolChoice,
     TopLogprobs,
     TopP,
     describe_format,
+    form_of,
     instruct,
 )
+from finetune.serve.sampling import Sampling
 from finetune.serve.service import Asked
 
 LOGPROBS = "message.output_text.logprobs"
@@ -54,12 +56,15 @@ class Reasoning(Strict):
     effort: Effort = "medium"
 
 
-class FunctionTool(Strict):
+class Tool(FunctionTool):
+    type: Literal["function"]
+
+
+class NamedTool(Strict):
+    """The one tool to call."""
+
     type: Literal["function"]
     name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False], Field(description="Arguments are not constrained.")] = False
 
 
 class ResponseRequest(Strict):
@@ -71,8 +76,8 @@ class ResponseRequest(Strict):
     top_p: TopP = 1.0
     reasoning: Reasoning = Reasoning()
     text: TextSetting = TextSetting()
-    tools: list[FunctionTool] = Field(default_factory=list)
-    tool_choice: ToolChoice = "auto"
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
     top_logprobs: TopLogprobs | None = None
@@ -97,19 +102,22 @@ class ResponseRequest(Strict):
         tools = [tool.model_dump(exclude_none=True, exclude={"type", "strict"}) for tool in self.tools]
         row = {
             "messages": instruct(messages, self.text.format.told()),
-            "tools": tools if self.tool_choice == "auto" else [],
+            "tools": tools if self.tool_choice != "none" else [],
             "reasoning_effort": self.reasoning.effort,
         }
         return read_conversation(row)
 
     def asked(self) -> Asked:
-        return Asked(
-            max_tokens=self.max_output_tokens,
+        """Raises FinetuneError where a tool has to be called and is not there."""
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
+        sampling = Sampling(
+            max_tokens=self.max_output_tokens or 0,
             temperature=self.temperature,
             top_p=self.top_p,
             top_logprobs=(self.top_logprobs or 0) if LOGPROBS in self.include else None,
-            schema=self.text.format.schema_asked(),
         )
+        form = form_of(self.text.format.schema_asked(), self.tools, self.tool_choice, named)
+        return Asked(sampling, form=form)
 
 
 def read_items(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from finetune.serve.answer import Piece
 from finetune.serve.api.errors import error_body, told
+from finetune.serve.service import Answer
 
 T = TypeVar("T")
 # For the OpenAPI document: the other form of an answer.
@@ -34,19 +36,56 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         task.cancel()
 
 
+def close(answers: Sequence[Answer]) -> None:
+    """Stop the engine's work on what is left of them."""
+    for answer in answers:
+        answer.close()
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece | None]]:
+    """Pieces of all answers as they come, each with its answer's number; None is the end of one."""
+    if len(answers) == 1:
+        async for piece in answers[0].pieces():
+            yield 0, piece
+        yield 0, None
+        return
+    arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def listen(index: int, answer: Answer) -> None:
+        try:
+            async for piece in answer.pieces():
+                arrived.put_nowait((index, piece))
+            arrived.put_nowait((index, None))
+        except Exception as error:
+            arrived.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(listen(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        left = len(answers)
+        while left:
+            index, found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            left -= found is None
+            yield index, found
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `close` is called when they end, or when the client goes before."""
+    """Server-sent events of `answers`, which are closed when they end, or when the client goes before."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], answers: Sequence[Answer]) -> None:
         super().__init__(_telling(events), headers={"Cache-Control": "no-store"})
-        self._close = close
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -54,7 +93,7 @@ class EventStream(StreamingResponse):
         except ClientDisconnect:
             pass
         finally:
-            self._close()
+            close(self._answers)
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
