@@ -16,20 +16,24 @@ from typing import Any
 from finetune.bench.random_weights import release_config
 from finetune.predict import Machine, Shape, Workload, gpu, predict_memory, predict_speed
 from tests.gpu.models import SIZES
-from tests.gpu.table import GB, ROWS, Row
+from tests.gpu.table import GB, ROWS, K, Row
 from tests.measure.conditions import record
 
 # GB/s and TFLOP/s seen on an H200: streaming copies, grouped products (pytorch issue 163425).
 BANDWIDTH, PRODUCTS = 4.3e12, 600e12
 
 
-def predict_row(row: Row, machine: Machine) -> dict[str, float]:
+# What experts on the host are held against: 64k tokens a step, for which an 80 GB card takes two passes.
+RESIDENT = replace(ROWS["120b, 24 GB card, experts on host"], tokens=64 * K, limit=80, experts_on_host=False)
+
+
+def predict_row(row: Row, machine: Machine, passes: int = 1) -> dict[str, float]:
     """Peak memory in GB of 10**9, tokens a second, and what a step waits for."""
     shape = Shape.of(release_config(**SIZES[row.size]))
     work = Workload(
-        tokens=row.tokens, passes=1, rank=row.rank, targets=["attention", "experts"], dense="bf16",
-        checkpointing=row.checkpointing, optimizer=row.optimizer, document=row.document, nf4=row.nf4,
-        from_host=row.experts_on_host, offloaded=row.offload,
+        tokens=row.tokens // passes, passes=passes, rank=row.rank, targets=["attention", "experts"],
+        dense="bf16", checkpointing=row.checkpointing, optimizer=row.optimizer, document=row.document,
+        nf4=row.nf4, from_host=row.experts_on_host, offloaded=row.offload,
     )  # fmt: skip
     limited = replace(machine, memory=min(machine.memory, row.limit * GB))
     memory, speed = predict_memory(shape, work, limited), predict_speed(shape, work, limited)
@@ -80,12 +84,22 @@ def recomputing() -> dict[str, dict[str, float]]:
     }
 
 
+def host_against_resident(machine: Machine) -> dict[str, Any]:
+    """120b at rank 8: 32k tokens a step with experts on the host, 64k with resident ones."""
+    host = predict_row(ROWS["120b, 24 GB card, experts on host"], machine)
+    resident = {f"{passes} passes": predict_row(RESIDENT, machine, passes) for passes in (1, 2)}
+    speeds = [each["predicted_tokens_per_second"] for each in (host, resident["2 passes"])]
+    share = round(speeds[0] / speeds[1], 2)
+    return {"host, 32k": host, "resident, 64k": resident, "share_of_resident": share}
+
+
 def measure() -> dict[str, Any]:
     machine = gpu("h200")
     return {
         "label": "predicted, not measured",
         "machine": machine.name,
         "rows": {name: predict_row(row, machine) for name, row in ROWS.items() if not row.stock},
+        "experts_on_host_against_resident": host_against_resident(machine),
         "decoding_against_fusing": decoding_against_fusing(),
         "recomputing": recomputing(),
     }
