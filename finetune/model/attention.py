@@ -11,12 +11,14 @@ recomputes p block by block (Dao et al. 2022, "FlashAttention", algorithm 4). A 
 the keys from the start of its first document, or of its window, so no L x L matrix is made, a windowed layer
 costs O(L * window) and many short documents cost their own squares.
 
-Letters in shapes: B batch, L length, Hq query heads, Hk key heads, G = Hq / Hk, D head size, q queries of
-a block, k its keys.
+Letters in shapes: B batch, L length, Hq query heads, Hk key heads, h some of them, G = Hq / Hk, D head size,
+q queries of a block, k its keys.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -36,6 +38,9 @@ NAME = "packed_sinks"
 # Queries of one block: small enough that a window of 128 is not drowned in masked keys, and large enough for
 # fast products.
 BLOCK_QUERIES = 128
+# Scores that are worked on at once, of as many key heads: 8 MB in float32, which stay in a processor's cache.
+SCORES_AT_ONCE = 1 << 21
+LOG2_E = math.log2(math.e)
 
 
 class Block(NamedTuple):
@@ -58,6 +63,7 @@ class Packing:
         self.starts = (begins * place).cummax(dim=1).values  # [B, L]
         self.length, self.window = length, window
         self.flex_masks: dict[int | None, Any] = {}  # FlexAttention's, by window
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -68,15 +74,25 @@ class Packing:
             for first, start in zip(range(0, self.length, BLOCK_QUERIES), earliest, strict=True)
         ]
 
-    def hidden(self, block: Block, first_key: int, window: int | None) -> Tensor:
-        """`[B, 1, q, k]`: True where a query of `block` must not see a key in `[first_key, block.last)`."""
+    def mask(self, block: Block, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`[B, 1, 1, q, k]`: -inf where a query of `block` may not see one of the keys from `first_key` on."""
         device = self.starts.device
         query = torch.arange(block.first, block.last, device=device).unsqueeze(1)
         key = torch.arange(first_key, block.last, device=device)
         hidden = (key > query) | (key < self.starts[:, block.first : block.last].unsqueeze(-1))
         if window is not None:
             hidden |= query - key >= window
-        return hidden.unsqueeze(1)
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[
+            :, None, None
+        ]
+
+    def take(self, purpose: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory that every block of every layer uses again: fresh pages cost more than the arithmetic."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((purpose, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[purpose, dtype] = like.new_empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
 
 
 def _heads_as_rows(x: Tensor, key_heads: int) -> Tensor:
@@ -85,11 +101,61 @@ def _heads_as_rows(x: Tensor, key_heads: int) -> Tensor:
     return split.flatten(2, 3)
 
 
-def _masked_scores(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """`query [B, Hk, G * q, D]`, `key [B, Hk, k, D]`, `hidden [B, 1, q, k]` -> float32 `[B, Hk, G, q, k]`."""
-    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
-    by_head: Tensor = scores.unflatten(2, (-1, hidden.shape[-2]))
-    return by_head.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+class _Part(NamedTuple):
+    key_heads: slice
+    queries: slice
+    keys: slice
+    mask: Tensor  # [B, 1, 1, q, k]
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """`[B, Hk, G, L, ...] -> [B, h, G * q, ...]`: a key head's query heads become more queries."""
+        return x[:, self.key_heads, :, self.queries].flatten(2, 3)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """`[B, Hk, L, D] -> [B, h, k, D]`."""
+        return x[:, self.key_heads, self.keys]
+
+
+def _parts(packing: Packing, window: int | None, query: Tensor, key_heads: int) -> Iterator[_Part]:
+    """What is worked on at once: a block's queries of some key heads."""
+    batch, heads = query.shape[:2]
+    for block in packing.blocks:
+        first_key = block.first_key if window is None else block.first_key_in_window
+        mask = packing.mask(block, first_key, window, wide_of(query.dtype))
+        per_head = batch * heads // key_heads * mask[0].numel()
+        at_once = max(1, SCORES_AT_ONCE // per_head)
+        for head in range(0, key_heads, at_once):
+            yield _Part(
+                slice(head, head + at_once),
+                slice(block.first, block.last),
+                slice(first_key, block.last),
+                mask,
+            )
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """What scores are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product(purpose: str, rows: Tensor, keys: Tensor, packing: Packing) -> Tensor:
+    """`rows [B, h, n, D]`, `keys [B, h, k, D]` -> `[B, h, n, k]` in at least float32."""
+    shape = (*rows.shape[:-1], keys.shape[-2])
+    out = packing.take(purpose, shape, rows, rows.dtype)
+    torch.matmul(rows, keys.transpose(-1, -2), out=out)
+    wide = wide_of(rows.dtype)
+    return out if out.dtype == wide else packing.take(purpose, shape, rows, wide).copy_(out)
+
+
+def _narrow(purpose: str, x: Tensor, dtype: torch.dtype, packing: Packing) -> Tensor:
+    return x if x.dtype == dtype else packing.take(purpose, x.shape, x, dtype).copy_(x)
+
+
+def _masked_scores(part: _Part, query: Tensor, key: Tensor, packing: Packing) -> Tensor:
+    """`query [B, h, G * q, D]`, `key [B, h, k, D]` -> `[B, h, G * q, k]`, not scaled."""
+    scores = _product("scores", query, key, packing)
+    scores.unflatten(2, (-1, part.mask.shape[-2])).add_(part.mask)
+    return scores
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -99,22 +165,22 @@ class _PackedAttention(torch.autograd.Function):
         packing: Packing, window: int | None, scale: float,
     ) -> Tensor:  # fmt: skip
         """`query [B, Hq, L, D]`, `key` and `value [B, Hk, L, D]`, `sinks [Hq]` -> `[B, Hq, L, D]`."""
-        batch, heads, length, _ = query.shape
-        key_heads = key.shape[1]
+        key_heads, wide = key.shape[1], wide_of(query.dtype)
         out = torch.empty_like(query)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        lse = query.new_empty(batch, heads, length, dtype=wide)
-        sink = sinks.to(wide).view(key_heads, -1, 1)  # [Hk, G, 1]
-        for block in packing.blocks:
-            first_key = block.first_key if window is None else block.first_key_in_window
-            rows, keys = slice(block.first, block.last), slice(first_key, block.last)
-            hidden = packing.hidden(block, first_key, window)
-            q_rows = _heads_as_rows(query[:, :, rows], key_heads)
-            scores = _masked_scores(q_rows, key[:, :, keys], hidden, scale)
-            block_lse = torch.logaddexp(torch.logsumexp(scores, -1), sink)  # [B, Hk, G, q]
-            p = scores.sub_(block_lse.unsqueeze(-1)).exp_().to(value.dtype)
-            out[:, :, rows] = (p.flatten(2, 3) @ value[:, :, keys]).view(batch, heads, -1, query.shape[-1])
-            lse[:, :, rows] = block_lse.flatten(1, 2)
+        lse = query.new_empty(query.shape[:-1], dtype=wide)
+        by_head, out_by_head, lse_by_head = (x.unflatten(1, (key_heads, -1)) for x in (query, out, lse))
+        sink_of = sinks.to(wide).view(1, key_heads, -1, 1).expand_as(lse_by_head)
+        for part in _parts(packing, window, query, key_heads):
+            scores = _masked_scores(part, part.of_queries(by_head), part.of_keys(key), packing)
+            sink = part.of_queries(sink_of)  # [B, h, G * q]
+            top = torch.maximum(scores.amax(-1) * scale, sink)
+            p = torch.add((-LOG2_E * top).unsqueeze(-1), scores, alpha=scale * LOG2_E, out=scores).exp2_()
+            total = p.sum(-1) + torch.exp(sink - top)
+            p = _narrow("p", p.div_(total.unsqueeze(-1)), value.dtype, packing)
+            place = part.key_heads, slice(None), part.queries
+            shape = out_by_head[:, *place].shape
+            out_by_head[:, *place] = (p @ part.of_keys(value)).view(shape)
+            lse_by_head[:, *place] = (top + total.log()).view(shape[:-1])
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.packing, ctx.window, ctx.scale = packing, window, scale
         return out
@@ -123,7 +189,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
         packing: Packing = ctx.packing
-        d_out = grad_outputs[0]
+        d_out, scale = grad_outputs[0], ctx.scale
         key_heads, wide = key.shape[1], lse.dtype
         # The softmax gradient's row term, p . dp, equals out . d_out (FlashAttention, equation 4).
         row_term = (out.to(wide) * d_out.to(wide)).sum(-1)  # [B, Hq, L]
@@ -131,21 +197,23 @@ class _PackedAttention(torch.autograd.Function):
         d_sinks = -(p_sink * row_term).sum((0, 2)).to(sinks.dtype)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for block in packing.blocks:
-            first_key = block.first_key if ctx.window is None else block.first_key_in_window
-            rows, keys = slice(block.first, block.last), slice(first_key, block.last)
-            hidden = packing.hidden(block, first_key, ctx.window)
-            q_rows = _heads_as_rows(query[:, :, rows], key_heads)
-            d_rows = _heads_as_rows(d_out[:, :, rows], key_heads)
-            k_block, v_block = key[:, :, keys], value[:, :, keys]
-            p = _masked_scores(q_rows, k_block, hidden, ctx.scale).flatten(2, 3)  # [B, Hk, G * q, k]
-            p.sub_(_heads_as_rows(lse[:, :, rows].unsqueeze(-1), key_heads)).exp_()
-            d_value[:, :, keys] += p.to(value.dtype).transpose(-1, -2) @ d_rows
-            d_p = (d_rows @ v_block.transpose(-1, -2)).to(wide)
-            d_p.sub_(_heads_as_rows(row_term[:, :, rows].unsqueeze(-1), key_heads))
-            d_scores = p.mul_(d_p).mul_(ctx.scale).to(query.dtype)
-            d_query[:, :, rows] = (d_scores @ k_block).view_as(d_query[:, :, rows])
-            d_key[:, :, keys] += d_scores.transpose(-1, -2) @ q_rows
+        # As `scale * scores - lse` begins, in powers of two; and scale * (dp - row_term), likewise.
+        offset, d_offset = -LOG2_E * lse, -scale * row_term
+        queries, d_outs, d_queries, offsets, d_offsets = (
+            x.unflatten(1, (key_heads, -1)) for x in (query, d_out, d_query, offset, d_offset)
+        )
+        for part in _parts(packing, ctx.window, query, key_heads):
+            q_rows, d_rows = part.of_queries(queries), part.of_queries(d_outs)
+            p = _masked_scores(part, q_rows, part.of_keys(key), packing)  # [B, h, G * q, k]
+            torch.add(part.of_queries(offsets).unsqueeze(-1), p, alpha=scale * LOG2_E, out=p).exp2_()
+            narrow = _narrow("p", p, value.dtype, packing)
+            part.of_keys(d_value).add_(narrow.transpose(-1, -2) @ d_rows)
+            d_p = _product("d_p", d_rows, part.of_keys(value), packing)
+            torch.add(part.of_queries(d_offsets).unsqueeze(-1), d_p, alpha=scale, out=d_p)
+            d_scores = _narrow("p", d_p.mul_(p), query.dtype, packing)
+            place = part.key_heads, slice(None), part.queries
+            d_queries[:, *place] = (d_scores @ part.of_keys(key)).view(d_queries[:, *place].shape)
+            part.of_keys(d_key).add_(d_scores.transpose(-1, -2) @ q_rows)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks, None, None, None
 
 
