@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from finetune.model.kernels import products, wide
 from finetune.model.kernels.budget import FEWEST_ROWS, MOST_EXPERTS, Budget
 from finetune.model.kernels.steps import TorchSteps
+from finetune.model.kernels.stream import ExpertStream
 from finetune.model.kernels.wide import Wide
 from tests.model_kit import relative_error
 from tests.unit.test_model_expert_layer import (
@@ -62,6 +63,29 @@ def test_dense_experts_give_what_packed_ones_give(dtype: torch.dtype) -> None:
     case = make_case()
     dense, packed = (on_gpu_path(make_layer(dtype, dense=dense), dtype) for dense in (True, False))
     assert_close(run(dense, case, dtype), run(packed, case, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("part", [5, 1 << 20])
+def test_no_sum_over_rows_is_asked_of_an_expert_without_rows(
+    part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a product hangs Hopper GPUs in some builds of torch."""
+    grouped_mm, asked = F.grouped_mm, []
+
+    def watched(left: Any, right: Any, *, offs: Any) -> Any:
+        if right.dim() == 2:
+            asked.append(int(torch.diff(offs, prepend=offs.new_zeros(1)).min()))
+        return grouped_mm(left, right, offs=offs)
+
+    monkeypatch.setattr("finetune.model.kernels.budget.FEWEST_ROWS", part)
+    # As with experts on the host: all together, whatever their rows, which are cut into parts.
+    monkeypatch.setattr(wide, "EXPERTS", EXPERTS)
+    monkeypatch.setattr(F, "grouped_mm", watched)
+    products.grouped_mm_is_right.cache_clear()
+    layer, case = on_gpu_path(make_layer(torch.float32), torch.float32, 1), make_case(among=3)
+    layer.base.keep_on_host(ExpertStream(CPU))
+    assert_close(run(layer, case, torch.float32), reference(layer, case), TOLERANCE[torch.float32])
+    assert asked and min(asked) > 0
 
 
 @pytest.mark.parametrize("part", [1, 5])

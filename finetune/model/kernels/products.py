@@ -30,14 +30,14 @@ def multiply(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Sum over each expert's rows of `left [n, M]` outer `right [n, K]` -> `[g, M, K]`, zero without rows."""
+    """Sum over each expert's rows of `left [n, M]` outer `right [n, K]` -> `[g, M, K]`; every one has rows.
+
+    Without rows Hopper's kernel hangs in some builds of torch (pytorch issue 152668), or writes nothing.
+    """
     if ends.numel() == 1:
         return (left.t() @ right).unsqueeze(0)
     if grouped_mm_is_right(left.device, left.dtype):
-        products = F.grouped_mm(left.t(), right, offs=ends)
-        # Where an expert has no rows there is no product, and nothing promises that its place is written.
-        has_rows = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
-        return torch.where(has_rows.view(-1, 1, 1), products, products.new_zeros(()))
+        return F.grouped_mm(left.t(), right, offs=ends)
     return _outer_one_by_one(left, right, ends)
 
 
@@ -98,9 +98,9 @@ def _find_wrong_layout(device: torch.device, dtype: torch.dtype) -> str:
     for name, (left, right) in trials.items():
         if _differ(F.grouped_mm(left, right, offs=ends), _multiply_one_by_one(left, right, ends)):
             return name
+    ends = ends[1:]  # without the expert that has no rows
     found, expected = F.grouped_mm(d_out.t(), narrow, offs=ends), _outer_one_by_one(d_out, narrow, ends)
-    with_rows = [0, 2]
-    return "outer products" if _differ(found[with_rows], expected[with_rows]) else ""
+    return "outer products" if _differ(found, expected) else ""
 
 
 def _differ(found: Tensor, expected: Tensor) -> bool:

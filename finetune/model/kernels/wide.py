@@ -16,7 +16,7 @@ are worked on at once, follows from the memory that is free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +41,30 @@ class Part:
 
     rows: slice
     ends: Tensor  # [g] int32: where each expert's rows end, counted from the part's first row
+    filled: Tensor | None  # [f]: the experts that have rows here, where there are others
+    filled_ends: Tensor  # [f] int32
+
+    @classmethod
+    def of(cls, rows: slice, ends: Tensor, host_ends: Sequence[int]) -> Part:
+        """`ends [g]`, on the device and on the host, are counted from the first of all rows."""
+        own = (ends - rows.start).clamp(0, rows.stop - rows.start)
+        starts = [rows.start, *host_ends[:-1]]
+        places = [
+            place
+            for place, (start, end) in enumerate(zip(starts, host_ends, strict=True))
+            if min(end, rows.stop) > max(start, rows.start)
+        ]
+        if len(places) == len(host_ends):
+            return cls(rows, own, None, own)
+        filled = torch.tensor(places).to(ends.device, non_blocking=True)  # must not wait for the GPU
+        return cls(rows, own, filled, own[filled])
+
+    def add(self, total: Tensor, products: Tensor) -> None:
+        """`products [f, ...]` to the experts' `total [g, ...]`."""
+        if self.filled is None:
+            total += products
+        else:
+            total[self.filled] += products
 
 
 @dataclass
@@ -92,8 +116,8 @@ class Projection:
         if score is not None:
             low, d_low = ((x * score.unsqueeze(1)).to(rows.dtype) for x in (low, d_low))
         rank = grad.a.shape[1]
-        grad.b[self.experts] += outer(d_out, low, part.ends)[:, :, :rank]
-        grad.a[self.experts] += outer(d_low, rows[:, : self.inputs], part.ends)[:, :rank]
+        part.add(grad.b[self.experts], outer(d_out, low, part.filled_ends)[:, :, :rank])
+        part.add(grad.a[self.experts], outer(d_low, rows[:, : self.inputs], part.filled_ends)[:, :rank])
         return multiply(d_low, self.a, part.ends)
 
 
@@ -251,10 +275,11 @@ class _Pass:
         """Both projections of some experts, in scratch that the next ones overwrite, and their rows."""
         sizes, experts = self.sizes, self.experts
         together = EXPERTS if experts.stream is not None else None
-        ends_on_host = self.routing.host_ends
-        for chunk in self.budget.chunks(ends_on_host, sizes.expert_bytes, sizes.row_bytes, together):
-            ends = self.routing.ends[chunk.first : chunk.last]
-            parts = [Part(rows, (ends - rows.start).clamp(0, rows.stop - rows.start)) for rows in chunk.parts]
+        all_ends = self.routing.host_ends
+        for chunk in self.budget.chunks(all_ends, sizes.expert_bytes, sizes.row_bytes, together):
+            chosen = slice(chunk.first, chunk.last)
+            ends, on_host = self.routing.ends[chosen], all_ends[chosen]
+            parts = [Part.of(rows, ends, on_host) for rows in chunk.parts]
             widths = {"gate_up_proj": sizes.up_width, "down_proj": sizes.down_width}
             outs = {name: self._scratch(name, chunk, width) for name, width in widths.items()}
             experts.write_weights(chunk.first, chunk.last, outs, self.steps.decode, backward)
