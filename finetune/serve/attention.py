@@ -26,6 +26,8 @@ from finetune.serve.sizes import padded
 NAME = "served"
 # Scores that a block of a chunk's queries makes at once, 64 MB in float32: a long prompt must not make more.
 BLOCK_SCORES = 1 << 24
+# Chunks are padded to so many queries, or to twice as many, and so on.
+QUERY_UNIT = 16
 
 
 class Span(NamedTuple):
@@ -146,8 +148,8 @@ class _Kind:
         decode = self._decode(decoding) if decoding else None
         return LayerStep(self.cache, self.page_tokens, at, decode, chunks)
 
-    def _size(self, count: int) -> int:
-        return padded(count, self.cache.keys[0])
+    def _size(self, count: int, unit: int = 1) -> int:
+        return padded(count, self.cache.keys[0], unit)
 
     def _pages(self, span: Span) -> Sequence[int]:
         return span.pages if self.window is None else [span.ring]
@@ -202,7 +204,8 @@ class _Kind:
             seen = key <= query
             if self.window is not None:
                 seen &= query - key < self.window
-            rows, columns = self._size(high - low), self._size(seen.shape[1])
+            # The sizes of both meet in one product, so there have to be fewer of each.
+            rows, columns = self._size(high - low, QUERY_UNIT), self._size(seen.shape[1], PAGE_TOKENS)
             seen = F.pad(seen, (0, columns - seen.shape[1], 0, rows - seen.shape[0]))
             mask = self._additive(seen).view(1, 1, rows, columns)
             yield Block(slice(low, high), slice(nearest - first, start + high - first), mask)

@@ -176,6 +176,8 @@ def test_whoever_leaves_frees_the_place(server: Running, slow: None) -> None:
         until(lambda: engine.running == 1)
     until(lambda: engine.running == 0)
     assert engine.cache_use == 0 and engine.waiting == 0
+    counted = 'finetune_requests_total{endpoint="/v1/chat/completions",status="499"} 1.0'
+    until(lambda: counted in httpx.get(server.url + "/metrics").text)
 
 
 def test_a_full_queue_says_when_to_come_back(server: Running, slow: None) -> None:

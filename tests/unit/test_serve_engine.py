@@ -55,10 +55,14 @@ def by_definition(data: torch.Tensor, sinks: torch.Tensor, window: float) -> tor
 BFLOAT16 = torch.empty(0, dtype=torch.bfloat16)
 
 
+def exactly(count: int, like: torch.Tensor, unit: int = 1) -> int:
+    return count
+
+
 @given(
     st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=5), min_size=1, max_size=4),
     st.randoms(),
-    st.sampled_from([lambda count, like: count, lambda count, like: padded(count, BFLOAT16)]),
+    st.sampled_from([exactly, lambda count, like, unit=1: padded(count, BFLOAT16, unit)]),
 )
 def test_attention_in_pieces_from_pages_is_attention_over_the_whole(
     pieces: list[list[int]], shuffle: random.Random, size_of: Callable[[int, torch.Tensor], int]
@@ -124,8 +128,8 @@ def test_in_bfloat16_products_have_few_sizes_and_padding_changes_no_answer(
 
     found = answers()
     assert rows == {padded(count, BFLOAT16) for count in range(1, 44)} and len(rows) < 13
-    monkeypatch.setattr(attention, "padded", lambda count, like: count)
-    monkeypatch.setattr(runner_module, "padded", lambda count, like: count)
+    monkeypatch.setattr(attention, "padded", exactly)
+    monkeypatch.setattr(runner_module, "padded", exactly)
     for padded_logits, exact in zip(found, answers(), strict=True):
         torch.testing.assert_close(padded_logits, exact, rtol=0.05, atol=0.05)
 

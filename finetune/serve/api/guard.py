@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serve.api.errors import error_response
@@ -12,6 +13,7 @@ from finetune.serve.metrics import Metrics
 
 # A context of 131,072 tokens is about 600 kB of text; this leaves room for JSON that escapes every character.
 BODY_LIMIT = 4 << 20
+CLIENT_GONE = 499  # as nginx counts them; nobody is told
 TOO_LARGE = f"the body is larger than {BODY_LIMIT >> 20} MiB"
 
 
@@ -53,6 +55,8 @@ class Guard:
                 await error_response(413, TOO_LARGE)(scope, receive, counted)
             else:
                 await self.app(scope, limited, counted)
+        except ClientDisconnect:
+            status = CLIENT_GONE
         finally:
             # The route's own path: what clients make up must not become names of counters.
             route = scope.get("route")
