@@ -7,8 +7,9 @@ in one run, with continuous batching; a client asks both the same greedy complet
 gets 8,192 tokens of cache (its default would be 60% of the memory). The first token is the first whose text
 holds `analysis`, as transformers leaves out special tokens. Needs `pip install 'transformers[serving]'`.
 
-In bfloat16 oneDNN keeps what it has compiled for the last 1,024 shapes of products, so memory grows until as
-many shapes have been met; `growth_in_second_half_mib` is what matters.
+`parted` are the answers that differ: at the first token that does, the logits of ours and theirs in float32,
+beside the distance of two neighbouring bfloat16 numbers of that size. Memory grows while sizes of products
+are met for the first time: oneDNN keeps 0.6 MiB for each (`finetune/serve/sizes.py`), and there are few.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import socket
 import statistics
@@ -99,11 +101,14 @@ class Timed:
     text: str
 
 
+def prompt_of(number: int) -> str:
+    return f"<|start|>user<|message|>What is {100 + number % 800} plus 86?<|end|><|start|>assistant"
+
+
 async def complete(client: httpx.AsyncClient, server: Server, number: int) -> Timed:
-    prompt = f"<|start|>user<|message|>What is {100 + number % 800} plus 86?<|end|><|start|>assistant"
     body = {
         "model": server.model,
-        "prompt": prompt,
+        "prompt": prompt_of(number),
         "temperature": 0,
         "max_tokens": NEW_TOKENS,
         "stream": True,
@@ -120,7 +125,7 @@ async def complete(client: httpx.AsyncClient, server: Server, number: int) -> Ti
             if not first and "analysis" in text:
                 first = time.perf_counter() - began
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-    return Timed(first, tokens, text.rpartition("final")[2].removeprefix("<|message|>"))
+    return Timed(first, tokens, text)
 
 
 async def load(server: Server, clients: int, answers: dict[int, str]) -> dict[str, float]:
@@ -151,21 +156,51 @@ async def load(server: Server, clients: int, answers: dict[int, str]) -> dict[st
 
 
 async def many(server: Server, requests: int) -> list[dict[str, float]]:
-    """The server's resident memory while it answers so many small requests of 32 clients."""
+    """The server's resident memory while it answers so many requests of 32 clients, of many lengths."""
     curve = [{"requests": 0.0, "resident_mib": round(server.resident_mib(), 1)}]
-    body = {"model": server.model, "prompt": "What is 3 + 4?", "max_tokens": 2}
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=32)) as client:
         for done in range(0, requests, LOOK_EVERY):
-            numbers = iter(range(min(LOOK_EVERY, requests - done)))
+            numbers = iter(range(done, min(done + LOOK_EVERY, requests)))
 
             async def one_client(numbers: Iterator[int] = numbers) -> None:
-                for _ in numbers:
+                for number in numbers:
+                    prompt = "What is 3 + 4? " * (1 + number % 23)
+                    body = {"model": server.model, "prompt": prompt, "max_tokens": 1 + number % 7}
                     (await client.post(server.url + "/v1/completions", json=body)).raise_for_status()
 
             await asyncio.gather(*(one_client() for _ in range(32)))
             asked = float(min(done + LOOK_EVERY, requests))
             curve.append({"requests": asked, "resident_mib": round(server.resident_mib(), 1)})
     return curve
+
+
+def parted(merged: Path, answers: dict[str, dict[int, str]]) -> list[dict[str, Any]]:
+    """Where the two servers' answers to a prompt are not the same text, apart from special tokens."""
+    import torch
+
+    from finetune import load_model
+
+    model: Any
+    model, tokenizer = load_model(str(merged), dtype=torch.float32, device="cpu")
+
+    def shown(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    found = []
+    for number, theirs in sorted(answers["transformers"].items()):
+        prompt, ours = tokenizer.encode(prompt_of(number)), tokenizer.encode(answers["finetune"][number])
+        if shown(ours) == theirs:
+            continue
+        at = next(i for i in range(len(ours)) if not theirs.startswith(shown(ours[: i + 1])))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + ours[:at]])).logits[0, -1]
+        likeliest = logits.topk(20).indices.tolist()
+        other = next(t for t in likeliest if t != ours[at] and theirs.startswith(shown([*ours[:at], t])))
+        chosen = [float(logits[token]) for token in (ours[at], other)]
+        step = 2.0 ** (math.frexp(max(chosen))[1] - 8)
+        found.append({"number": number, "token": at, "logits": chosen, "bfloat16_step": step})
+    return found
 
 
 def measure(requests: int) -> dict[str, Any]:
@@ -189,10 +224,11 @@ def measure(requests: int) -> dict[str, Any]:
                 print(name, json.dumps(figures[name], indent=2), file=sys.stderr, flush=True)
                 if name == "finetune":
                     figures["memory"] = asyncio.run(many(server, requests))
+        figures["parted"] = parted(merged, answers)
+    asked = len(answers["finetune"])
+    figures["same_answers"] = {"of": asked, "same": asked - len(figures["parted"])}
     sizes = [look["resident_mib"] for look in figures["memory"]]
     figures["growth_in_second_half_mib"] = round(sizes[-1] - sizes[len(sizes) // 2], 1)
-    same = [answers["finetune"][number] == text for number, text in answers["transformers"].items()]
-    figures["same_answers"] = {"of": len(same), "same": sum(same)}
     figures["requests_per_second_ratio"] = {
         n: round(
             row["requests_per_second"] / figures["transformers"]["by_clients"][n]["requests_per_second"], 2
