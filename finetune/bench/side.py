@@ -24,7 +24,7 @@ from finetune.bench.work import Measured, Side, Work
 from finetune.model import load_adapter, load_base
 from finetune.model.attention import NAME as PACKED_ATTENTION
 from finetune.model.attention import use_packed_attention
-from finetune.model.cpu_settings import score_in_small_tiles
+from finetune.model.cpu_settings import multiply_float32_fast, score_in_small_tiles
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -41,6 +41,8 @@ def run(side: Side, work: Work, gradients: Path) -> Measured:
     model = _model(side, work)
     if not cuda:
         score_in_small_tiles()
+        if side == "finetune":  # as `finetune train` does
+            multiply_float32_fast()
     if work.routing == "balanced":
         balance(model)
     loading = _peak_gb(cuda)

@@ -75,7 +75,7 @@ class Packing:
         ]
 
     def mask(self, block: Block, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """`[B, 1, 1, q, k]`: -inf where a query of `block` must not see a key, of those from `first_key` on."""
+        """`[B, 1, 1, q, k]`: -inf where a query of `block` must not see a key (from `first_key` on)."""
         device = self.starts.device
         query = torch.arange(block.first, block.last, device=device).unsqueeze(1)
         key = torch.arange(first_key, block.last, device=device)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from trl import SFTTrainer
 
 from finetune.data.packing import collate
-from finetune.model.cpu_settings import score_in_small_tiles
+from finetune.model.cpu_settings import multiply_float32_fast, score_in_small_tiles
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train import checkpoint
@@ -74,6 +74,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         _score_learned_positions_only()
         if self.args.device.type == "cpu":
             score_in_small_tiles()
+            multiply_float32_fast()
         _leave_frozen_tensors_alone(self.model)
 
     # The training step, as far as it is ours: which tokens it counts, and its loss.
