@@ -35,10 +35,10 @@ ROWS_PER_BATCH = 64
 # While one thread renders, the tokenizer, which has threads of its own and needs no Python, encodes what the
 # other has rendered. More would wait for Python's lock.
 THREADS = 2
-# Workers lift that limit; they pay where there are cores to spare, and more rows than one process is done
-# with while they start and read a vocabulary of 200,000.
+# Workers do the Python too; they pay where there are cores to spare, and more rows than one process is done
+# with while they start and read a vocabulary of 200,000. Each takes 0.35 GB for that.
 INLINE_BATCHES = 512
-CORES_FOR_WORKERS = 4
+WORKERS = 4
 # Batches ahead of the one that is waited for, for each thread or worker: these are what is in memory.
 AHEAD = 3
 
@@ -149,7 +149,7 @@ def batches(rows: Iterator[Row], source: Source) -> Iterator[Batch]:
 def tokenise_all(work: Iterator[Batch], spec: DataSpec, encoder: HarmonyEncoder) -> Iterator[Chunk]:
     """Encode batches, in order: in threads, and where there are many, after the first in workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = spec.workers or (cores if cores >= CORES_FOR_WORKERS else 1)
+    workers = spec.workers or (WORKERS if cores >= WORKERS else 1)
     here = itertools.islice(work, INLINE_BATCHES if workers > 1 else None)
     job = partial(tokenise, spec=spec, encoder=encoder)
     yield from _in_order(ThreadPoolExecutor(THREADS), here, job, AHEAD * THREADS)

@@ -110,7 +110,7 @@ class DataSpec(Spec):
     """What is learned from, and how rows become examples.
 
     `held_out` is a share of the train rows or sources of its own; `analysis: false` leaves the thinking out;
-    `reasoning_effort` and `current_date` count where a row gives none; `workers` null: one for each core.
+    `reasoning_effort` and `current_date` count where a row gives none; `workers` null: four, if they pay.
     """
 
     train: Sources
