@@ -28,6 +28,11 @@ MISTAKES_OF_SIZE = [
         NO_MEMORY.replace("this machine", "a 16 GB card (as an RTX 4080)"),
     ),
     Mistake(
+        "no place of that name for experts",
+        ("check", "recipe.yaml", "model.experts_on=hosts"),
+        "override model.experts_on=hosts: model.experts_on: must be device or host, ... did you mean 'host'?",
+    ),
+    Mistake(
         "opponent is not installed",
         ("bench", "recipe.yaml", "--against", "unsloth"),
         "--against unsloth: the package unsloth is not installed here",

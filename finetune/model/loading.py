@@ -17,7 +17,7 @@ from finetune.model.attention import NAME as ATTENTION
 from finetune.model.attention import use_packed_attention
 from finetune.model.checkpoint import CheckpointInfo, inspect_checkpoint
 from finetune.model.experts import DenseExperts, PackedExperts, Scratch
-from finetune.model.kernels.stream import ExpertStream
+from finetune.model.kernels.stream import ExpertStream, require_host_memory
 from finetune.model.lora import load_adapter
 from finetune.model.places import resolve
 from finetune.model.recompute import use_selective_recompute
@@ -90,6 +90,7 @@ def _keep_experts_on_host(model: GptOssForCausalLM, info: CheckpointInfo, device
     if info.kind != "mxfp4":
         sentence = "model.experts_on: host needs experts in MXFP4; this checkpoint has them in bf16"
         raise FinetuneError(sentence, at=str(info.path))
+    require_host_memory(sum(p.nbytes for p in model.parameters() if p.dtype == torch.uint8))
     stream = ExpertStream(device)
     for layer in model.model.layers:
         layer.mlp.experts.keep_on_host(stream)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 
+from finetune.errors import FinetuneError
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -31,8 +33,11 @@ class HostEmbedding(nn.Embedding):
 
 def quantise_attention(model: GptOssForCausalLM, dtype: torch.dtype) -> None:
     """Have attention's weights turned to NF4 when the model moves to its device; products are in `dtype`."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        sentence = "model.dense: nf4 needs the package bitsandbytes, which does not load here"
+        raise FinetuneError(f"{sentence}: {error}") from None
     for layer in model.model.layers:
         for name in PROJECTIONS:
             dense: nn.Linear = getattr(layer.self_attn, name)

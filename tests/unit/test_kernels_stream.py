@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from finetune.errors import FinetuneError
 from finetune.model import add_lora, load_base
+from finetune.model.kernels import stream as streaming
 from finetune.model.kernels import wide
 from finetune.model.kernels.budget import Budget
 from finetune.model.kernels.steps import TorchSteps
@@ -113,3 +115,72 @@ def test_experts_in_bf16_cannot_stay_on_the_host(folder: Path) -> None:
 
 def test_a_step_brings_every_expert_twice() -> None:
     assert transfer_seconds(61e9, 50e9) == pytest.approx(2.44)
+
+
+# Host memory
+
+
+class Cudart:
+    """Stands in for CUDA's runtime: notes what is registered and what is let go, or refuses."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer, self.registered = answer, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.registered[address] = size
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
+    runtime = Cudart()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return runtime
+
+
+def test_pinned_memory_is_let_go_by_cuda_before_the_system_gets_it_back(cudart: Cudart) -> None:
+    packed = torch.randint(256, (3, 5, 16), dtype=torch.uint8)
+    pinned = streaming.pin(packed)
+    part = pinned[1:]
+    assert torch.equal(pinned, packed) and cudart.registered == {pinned.data_ptr(): 240}
+    del pinned
+    assert cudart.registered, "a part of it is still in use"
+    assert torch.equal(part, packed[1:])
+    del part
+    assert not cudart.registered
+
+
+def test_where_pinning_is_refused_one_warning_says_so_and_the_bytes_are_there(
+    cudart: Cudart, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")  # that of the registration, as CUDA reports it next
+
+    cudart.answer = 2
+    monkeypatch.setattr(torch, "ones", launch)
+    streaming._warn_of_slow_copies.cache_clear()
+    packed = torch.randint(256, (3, 16), dtype=torch.uint8)
+    copies = [streaming.pin(packed) for _ in range(3)]
+    assert all(torch.equal(copy, packed) for copy in copies)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "the system refuses to pin host memory (CUDA error 2)"
+    ]
+    del copies
+    assert cudart.registered, "what was refused is not to be let go"
+
+
+def test_experts_that_the_host_has_no_room_for_are_refused_before_they_are_copied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_random_checkpoint(folder / "too large")
+    monkeypatch.setattr(streaming, "pin", pytest.fail)
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    said = r"model\.experts_on: host keeps 0\.0 GB of experts in host memory, and 0\.0 GB of it are free here"
+    with pytest.raises(FinetuneError, match=said):
+        load_base(base, dtype=torch.float32, device="meta", experts_on="host")

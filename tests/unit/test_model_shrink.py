@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from finetune.errors import FinetuneError
 from finetune.model import add_lora, hash_frozen, load_base
 from finetune.model.shrink import HostEmbedding, keep_embedding_on_host
 from tests.checkpoints import write_random_checkpoint
@@ -95,3 +97,11 @@ def test_the_embedding_stays_on_the_host_when_the_model_moves(checkpoint: Path) 
     assert isinstance(embedding, HostEmbedding) and embedding.weight.device.type == "cpu"
     assert model.lm_head.weight.device.type == "meta"
     assert embedding(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, embedding.embedding_dim)
+
+
+def test_nf4_without_bitsandbytes_is_refused_in_a_sentence(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(FinetuneError, match="nf4 needs the package bitsandbytes, which does not load"):
+        base(checkpoint, nf4=True)

@@ -9,13 +9,18 @@ take.
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+
+from finetune.errors import FinetuneError
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +46,8 @@ class ExpertStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.hits, self.misses = (
-            0,
-            0,
-        )  # requests whose bytes were there or on their way, and those that waited
+        # Requests whose bytes were there or on their way, and those that waited.
+        self.hits, self.misses = 0, 0
         self._queue = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._current, self._next = _Buffer(), _Buffer()
         self._sources: dict[Hashable, Sequence[Tensor]] = {}
@@ -101,15 +104,59 @@ class ExpertStream:
         buffer.key = key
 
 
+def require_host_memory(packed_bytes: int) -> None:
+    """Raise FinetuneError where the experts would not fit: the system would end the process."""
+    free = psutil.virtual_memory().available
+    if packed_bytes > free:
+        sentence = f"model.experts_on: host keeps {packed_bytes / 1e9:.1f} GB of experts in host memory"
+        raise FinetuneError(f"{sentence}, and {free / 1e9:.1f} GB of it are free here")
+
+
+class _Pinned(mmap.mmap):
+    """Memory that the GPU reads by itself until the last tensor over it is gone.
+
+    Given back while it is registered, it would be registered again at the same address for another model,
+    and copies would bring what lay there before.
+    """
+
+    address: int | None = None
+
+    def register(self, address: int) -> int:
+        """CUDA's error code, 0 where it worked."""
+        failed = int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0))
+        self.address = None if failed else address
+        return failed
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
 def pin(tensor: Tensor) -> Tensor:
     """A copy in host memory that the GPU reads by itself, or in ordinary memory where that is refused.
 
     Registered rather than allocated as pinned: torch's allocator would round 1.06 GB up to 2.
     """
-    copy = tensor.detach().clone()
     if not torch.cuda.is_available():
-        return copy
-    failed = int(torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
+        return tensor.detach().clone()
+    memory = _Pinned(-1, tensor.nbytes)
+    with suppress(OSError):  # pages of 2 MiB are pinned sooner than those of 4 KiB; not every system has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copy = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.shape)
+    copy.copy_(tensor.detach())
+    failed = memory.register(copy.data_ptr())
     if failed:
-        logger.warning("host memory cannot be pinned (CUDA error %d): experts are copied more slowly", failed)
+        # CUDA would report it once more at the next launch, as an error of that.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+        _warn_of_slow_copies(failed)
     return copy
+
+
+@cache
+def _warn_of_slow_copies(code: int) -> None:
+    logger.warning(
+        "the system refuses to pin host memory (CUDA error %d): experts come to the GPU more slowly; a "
+        "higher limit of locked memory (ulimit -l, or the container's memlock) may help",
+        code,
+    )
