@@ -5,8 +5,8 @@ system first), so whatever has as many rows as were routed to an expert lives in
 an expert's rows give is added to their tokens at once, experts in order: nothing as long as all rows is kept,
 and sums repeat bit for bit.
 
-In bfloat16 the products are oneDNN's, which compiles and keeps a program for each number of rows it meets.
-An expert's rows are therefore padded with rows of weight zero to one of few lengths.
+Products are oneDNN's (in float32, where it keeps all digits), which compiles and keeps a program for each
+number of rows it meets. An expert's rows are therefore padded with rows of weight zero to one of few lengths.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from finetune.model.expert_layer import Factors, FrozenExperts, Gradients, Routing
 
-# Rows of one expert in bfloat16 are a power of two or a multiple of this: at 2048 tokens a step over 32
+# Rows of one expert are a power of two or a multiple of this: at 2048 tokens a step over 32
 # experts padding then adds 3% to the products and leaves some ten lengths.
 ROWS = 16
 
 
 def _padded(rows: int, dtype: torch.dtype) -> int:
-    if dtype != torch.bfloat16:
+    if dtype == torch.float64:
         return rows
     return -(-rows // ROWS) * ROWS if rows > ROWS else 1 << (rows - 1).bit_length()
 
@@ -86,33 +86,63 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class Slice(NamedTuple):
+    """Some output features of an expert: `weights [features, in]`."""
+
+    expert: int
+    rows: slice
+    features: slice
+    weights: Tensor
+
+
 class Projection:
     """One projection of a group: of each expert the frozen weights `[out, in]`, bias and LoRA."""
 
     def __init__(
-        self, group: Group, weights: Sequence[Tensor], bias: Tensor, factors: Factors | None
+        self, group: Group, experts: FrozenExperts, name: str, factors: Factors | None, dtype: torch.dtype
     ) -> None:
-        self.group, self.weights, self.bias, self.factors = group, weights, bias, factors
+        self.group, self.experts, self.name, self.factors, self.dtype = group, experts, name, factors, dtype
+        self.out = experts.features(name)[1]
+        self.at_once = experts.features_at_once(name)
+        self.weights = self._decode(slice(0, self.out)) if self.at_once == self.out else None
+
+    def _decode(self, features: slice) -> Sequence[Tensor]:
+        first, last = self.group.experts.start, self.group.experts.stop
+        return self.experts.weights(self.name, first, last, self.dtype, features)
+
+    def _slices(self) -> Iterator[Slice]:
+        """A large expert comes in slices that are still in the processor's cache when they are multiplied."""
+        for number, (expert, rows) in enumerate(self.group.parts):
+            for start in range(0, self.out, self.at_once):
+                features = slice(start, min(start + self.at_once, self.out))
+                weights = self.weights[number] if self.weights else self._decode(features)[0]
+                yield Slice(expert, rows, features, weights)
 
     def apply(self, rows: Tensor, out: Tensor, low: Tensor | None) -> Tensor:
         """`rows [n, in]` -> `out [n, out]`; what they are after LoRA's first factor goes to `low [n, R]`."""
-        first = self.group.parts[0].expert
-        for expert, part in self.group.parts:
-            bias = self.bias[expert].to(rows.dtype)
-            torch.addmm(bias, rows[part], self.weights[expert - first].t(), out=out[part])
-            if self.factors and low is not None:
+        for expert, part, features, weights in self._slices():
+            bias = self.experts.bias(self.name)[expert, features].to(self.dtype)
+            torch.addmm(bias, rows[part], weights.t(), out=out[part, features])
+        if self.factors and low is not None:
+            for expert, part in self.group.parts:
                 torch.mm(rows[part], self.factors.a[expert].t(), out=low[part])
                 out[part].addmm_(low[part], self.factors.b[expert].t())
         return out
 
-    def pull_back(self, d_out: Tensor, d_rows: Tensor, d_low: Tensor | None) -> Tensor:
-        """`d_out [n, out]` -> `d_rows [n, in]`; the gradient of what `apply` put in `low` goes to `d_low`."""
-        first = self.group.parts[0].expert
-        for expert, part in self.group.parts:
-            torch.mm(d_out[part], self.weights[expert - first], out=d_rows[part])
-            if self.factors and d_low is not None:
+    def pull_back(self, d_out: Tensor, d_rows: Tensor, d_low: Tensor | None, product: Tensor) -> Tensor:
+        """`d_out [n, out]` -> `d_rows [n, in]`, in at least float32, by way of `product [n, in]`.
+
+        The gradient of what `apply` put in `low` goes to `d_low`.
+        """
+        for expert, part, features, weights in self._slices():
+            torch.mm(d_out[part, features], weights, out=product[part])
+            if self.factors and d_low is not None and features.start == 0:
                 torch.mm(d_out[part], self.factors.b[expert], out=d_low[part])
-                d_rows[part].addmm_(d_low[part], self.factors.a[expert])
+                product[part].addmm_(d_low[part], self.factors.a[expert])
+            if features.start == 0:
+                d_rows[part] = product[part]
+            else:
+                d_rows[part].add_(product[part])
         return d_rows
 
 
@@ -200,9 +230,8 @@ class _Pass:
         return None if factors is None else self.take(purpose, group, factors.rank)
 
     def project(self, name: str, group: Group) -> Projection:
-        weights = self.experts.weights(name, group.experts.start, group.experts.stop, self.x.dtype)
         factors = self.up if name == "gate_up_proj" else self.down
-        return Projection(group, weights, self.experts.bias(name), factors)
+        return Projection(group, self.experts, name, factors, self.x.dtype)
 
     def wide(self, purpose: str, group: Group, rows: Tensor) -> Tensor:
         """`rows` in at least float32: themselves where they already are."""
@@ -279,12 +308,13 @@ class _Backward(_Pass):
         hidden = activation.hidden()
         d_hidden, d_score = self._down(group, hidden, d_out, score)
         d_y = activation.pull_back(d_hidden)
-        # The rows of d_out are done with, and as wide as those of x.
         d_low = self.low("d_low", group, self.up)
-        d_rows = up.pull_back(d_y, d_out, d_low)
+        d_rows = self.take("y, wide", group, x.shape[1], wide_of(x.dtype))
+        # The rows of d_out are done with, and as wide as those of x.
+        up.pull_back(d_y, d_rows, d_low, d_out)
         if self.up_gradients and low is not None and d_low is not None:
             self.up_gradients.add(group, x, low, d_low, d_y)
-        d_x.index_add_(0, token, self.wide("y, wide", group, d_rows))
+        d_x.index_add_(0, token, d_rows)
         return d_score
 
     def _down(self, group: Group, hidden: Tensor, d_out: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,12 +325,14 @@ class _Backward(_Pass):
         """
         down = self.project("down_proj", group)
         d_low = self.low("d_low", group, self.down)
-        d_hidden = down.pull_back(d_out, self.take("d_hidden", group, hidden.shape[1]), d_low)
-        d_hidden = self.wide("d_hidden, wide", group, d_hidden)
+        narrow = self.take("hidden", group, hidden.shape[1])
+        d_hidden = self.take("d_hidden", group, hidden.shape[1], hidden.dtype)
+        down.pull_back(d_out, d_hidden, d_low, narrow)
+        bias = self.experts.bias("down_proj").to(d_out.dtype)
         product = torch.mul(d_hidden, hidden, out=self.take("product", group, hidden.shape[1], hidden.dtype))
         d_score = product.sum(1, keepdim=True)
         for expert, part in group.parts:
-            d_score[part] += d_out[part] @ down.bias[expert].to(d_out.dtype).unsqueeze(1)
+            d_score[part] += d_out[part] @ bias[expert].unsqueeze(1)
         if self.down_gradients and self.down and d_low is not None:
             narrow = self.narrow("hidden", group, hidden)
             low = self.take("low, down", group, self.down.rank)

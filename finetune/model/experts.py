@@ -24,9 +24,10 @@ Decoder = Callable[[Tensor, Tensor, Tensor], None]
 Weights = dict[str, Tensor]
 
 # Weights that a group of experts decodes at once on a CPU. Below it, small experts share the steps between
-# the products instead of paying for a dozen small operations each; above it, a single expert of gpt-oss-20b
-# (16.6 M weights) fills the machine alone.
+# the products instead of paying for a dozen small operations each. A larger expert (16.6 M in gpt-oss-20b's
+# gate_up) is decoded in slices of half as many, which are still in the cache when they are multiplied.
 GROUP_WEIGHTS = 1 << 22
+ALL = slice(None)
 
 
 class Scratch:
@@ -100,6 +101,11 @@ class Experts(nn.Module, ABC):
         per_expert = 2 * self.intermediate_size * self.hidden_size
         return min(self.num_experts, max(1, GROUP_WEIGHTS // per_expert))
 
+    def features_at_once(self, parameter_name: str) -> int:
+        """Output features of an expert to decode at once on a CPU; all, where they are kept."""
+        inputs, outputs = self.features(parameter_name)
+        return outputs if self.scratch.kept else min(outputs, max(1, GROUP_WEIGHTS // 2 // inputs))
+
     def watch_gradients(self, on: bool) -> None:
         """Begin or end noting which experts have a token that sends them a gradient."""
         device = self.gate_up_proj_bias.device
@@ -127,8 +133,11 @@ class Experts(nn.Module, ABC):
         return run_experts(hidden_states, router_indices, routing_weights, self, up, down)
 
     @abstractmethod
-    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Of each expert `gate_up_proj [2I, H]`, gate and up rows interleaved, or `down_proj [H, I]`."""
+    def weights(
+        self, name: str, first: int, last: int, dtype: torch.dtype, features: slice = ALL
+    ) -> Sequence[Tensor]:
+        """Of each expert `gate_up_proj [2I, H]`, gate and up rows interleaved, or `down_proj [H, I]`; if
+        `features` are given, those rows of it."""
 
     # Where the packed bytes stay in host memory.
     stream: ExpertStream | None = None
@@ -181,10 +190,12 @@ class PackedExperts(Experts):
         if self.stream is not None:
             self.stream.release()
 
-    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    def weights(
+        self, name: str, first: int, last: int, dtype: torch.dtype, features: slice = ALL
+    ) -> Sequence[Tensor]:
         kept = self.scratch.kept
         if kept is None:
-            return self._decode(name, first, last, dtype).unbind()
+            return self._decode(name, first, last, dtype, features).unbind()
         found = []
         for expert in range(first, last):
             weights = kept.find(self, name, expert, dtype)
@@ -196,11 +207,11 @@ class PackedExperts(Experts):
             found.append(weights)
         return found
 
-    def _decode(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        blocks = self.get_parameter(name)[first:last]
-        scales = self.get_parameter(f"{name}_scales")[first:last]
-        inputs, outputs = self.features(name)
-        out = self.scratch.take(name, (last - first, outputs, inputs), dtype, blocks.device)
+    def _decode(self, name: str, first: int, last: int, dtype: torch.dtype, features: slice = ALL) -> Tensor:
+        blocks = self.get_parameter(name)[first:last, features]
+        scales = self.get_parameter(f"{name}_scales")[first:last, features]
+        shape = *scales.shape[:2], self.features(name)[0]
+        out = self.scratch.take(name, shape, dtype, blocks.device)
         return dequantise_mxfp4(blocks, scales, dtype, out=out)
 
 
@@ -215,8 +226,10 @@ class DenseExperts(Experts):
             self.register_parameter(name, nn.Parameter(weights, requires_grad=False))
         self._add_biases()
 
-    def weights(self, name: str, first: int, last: int, dtype: torch.dtype) -> Sequence[Tensor]:
-        return self.get_parameter(name)[first:last].to(dtype).transpose(1, 2).unbind()
+    def weights(
+        self, name: str, first: int, last: int, dtype: torch.dtype, features: slice = ALL
+    ) -> Sequence[Tensor]:
+        return self.get_parameter(name)[first:last, :, features].to(dtype).transpose(1, 2).unbind()
 
     def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
         for name, out in outs.items():

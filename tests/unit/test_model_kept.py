@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,9 +37,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     decode = PackedExperts._decode
 
-    def counted(self: PackedExperts, name: str, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+    def counted(self: PackedExperts, name: str, first: int, last: int, *rest: Any) -> torch.Tensor:
         counts.append(last - first)
-        return decode(self, name, first, last, dtype)
+        return decode(self, name, first, last, *rest)
 
     monkeypatch.setattr(PackedExperts, "_decode", counted)
     return counts
