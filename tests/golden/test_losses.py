@@ -47,7 +47,10 @@ def test_losses_are_those_recorded(base: str, tmp_path: Path, monkeypatch: pytes
         assert row == pytest.approx(expected, rel=RELATIVE)
 
 
-def test_the_gpus_products_give_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", ["random", "nano"])
+def test_the_gpus_products_give_the_same_losses(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same run through the expert layer's back end for GPUs, its kernels replaced by plain torch."""
     back_ends = []
 
@@ -56,5 +59,5 @@ def test_the_gpus_products_give_the_same_losses(tmp_path: Path, monkeypatch: pyt
         return back_ends[-1]
 
     monkeypatch.setattr(experts, "_back_end_for", widened)
-    test_losses_are_those_recorded("random", tmp_path, monkeypatch)
+    test_losses_are_those_recorded(base, tmp_path, monkeypatch)
     assert back_ends

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest
 
 from finetune.model import attention
 from finetune.model.attention import Packing
@@ -95,6 +97,18 @@ def test_masks_are_made_once_for_all_layers(on_flex: None, monkeypatch: pytest.M
     for window in (None, 20, None, 20):
         attention.attend(nn.Identity(), query, key, value, packing, 0.3, sliding_window=window, s_aux=sinks)
     assert made == [None, 20]
+
+
+def test_packs_of_other_documents_are_no_compilations_of_their_own(on_flex: None) -> None:
+    """A compilation takes seconds on a GPU, and every pack has documents of its own."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=False, backend=counter)
+    query, key, value, _ = random_inputs(1, 256, torch.float32)
+    for window, counted in ((None, 1), (128, 2)):
+        for lengths in ([256], [100, 156], [7] * 36 + [4]):
+            mask = flex.block_mask(Packing(positions(lengths), 128).starts, window)
+            compiled(query, key, value, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+            assert counter.frame_count == counted
 
 
 def test_where_it_does_not_work_it_is_not_used(
