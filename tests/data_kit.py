@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ def byte_encoder() -> HarmonyEncoder:
 def chat(question: str, answer: str) -> dict[str, Any]:
     """A row of one question and its answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def threads(message: dict[str, Any], before: Sequence[dict[str, str]] = ()) -> Iterator[list[dict[str, str]]]:
+    """OpenAssistant's trees as messages: every path from the root to an assistant's leaf."""
+    role = "user" if message["role"] == "prompter" else "assistant"
+    thread = [*before, {"role": role, "content": message["text"]}]
+    if not message["replies"] and role == "assistant":
+        yield thread
+    for reply in message["replies"]:
+        yield from threads(reply, thread)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:

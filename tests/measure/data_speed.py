@@ -34,6 +34,7 @@ from finetune.data import PackedDataset, prepare_data, read_rows
 from finetune.data.shapes import harmony_row
 from finetune.recipe import Recipe, Source
 from tests.conftest import SHARED
+from tests.data_kit import threads
 from tests.measure.conditions import record
 
 TOKENIZER = SHARED / "o200k"
@@ -176,7 +177,7 @@ def _conversations() -> Iterator[dict[str, Any]]:
     data = SHARED / "data"
     with (data / "oasst" / "en_100_tree.jsonl").open(encoding="utf-8") as trees:
         for tree in trees:
-            yield from ({"messages": thread} for thread in _threads(json.loads(tree)["prompt"], []))
+            yield from ({"messages": thread} for thread in threads(json.loads(tree)["prompt"]))
     for source in (
         Source(path=str(data / "gsm8k" / "train.jsonl"), limit=GSM8K_ROWS),
         Source(path=str(data / "llamafactory_demo" / "glaive_toolcall_en_demo.json")),
@@ -187,16 +188,6 @@ def _conversations() -> Iterator[dict[str, Any]]:
             if tools:  # as the chat API has them, which TRL's template needs
                 found["tools"] = [{"type": "function", "function": tool} for tool in tools]
             yield found
-
-
-def _threads(message: dict[str, Any], before: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
-    """Every path from the root of a conversation tree to an assistant's leaf."""
-    role = "user" if message["role"] == "prompter" else "assistant"
-    thread = [*before, {"role": role, "content": message["text"]}]
-    if not message["replies"] and role == "assistant":
-        yield thread
-    for reply in message["replies"]:
-        yield from _threads(reply, thread)
 
 
 def _varied(row: dict[str, Any], copy: int) -> dict[str, Any]:

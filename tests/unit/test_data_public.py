@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from finetune.data import prepare_data, read_conversations
 from finetune.errors import FinetuneError
 from finetune.recipe import Source
-from tests.data_kit import byte_encoder, recipe, write_rows
+from tests.data_kit import byte_encoder, recipe, threads, write_rows
 
 SPEC = recipe("unused").data
 
@@ -80,24 +78,14 @@ def test_preference_rows_are_refused_with_what_to_do(shared: Path) -> None:
         read_conversations(Source(path=str(shared / "data/llamafactory_demo/dpo_en_demo.json")), SPEC)
 
 
-def _threads(message: dict[str, Any], before: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
-    """Every path from the root of a conversation tree to an assistant's leaf."""
-    role = "user" if message["role"] == "prompter" else "assistant"
-    thread = [*before, {"role": role, "content": message["text"]}]
-    if not message["replies"] and role == "assistant":
-        yield thread
-    for reply in message["replies"]:
-        yield from _threads(reply, thread)
-
-
 def test_threads_of_conversation_trees_are_prepared_whole(shared: Path, tmp_path: Path) -> None:
     with (shared / "data/oasst/en_100_tree.jsonl").open(encoding="utf-8") as lines:
         trees = [json.loads(line)["prompt"] for line in lines]
-    threads = list(itertools.chain.from_iterable(_threads(tree, []) for tree in trees))
-    file = write_rows(tmp_path / "oasst.jsonl", [{"messages": thread} for thread in threads])
+    found = list(itertools.chain.from_iterable(threads(tree) for tree in trees))
+    file = write_rows(tmp_path / "oasst.jsonl", [{"messages": thread} for thread in found])
     prepared = prepare_data(
         recipe(file, learn="all_turns", max_tokens=100_000), byte_encoder(), cache_dir=tmp_path / "cache"
     )
-    answers = sum(message["role"] == "assistant" for thread in threads for message in thread)
-    assert prepared.report.rows == len(threads) > 100
+    answers = sum(message["role"] == "assistant" for thread in found for message in thread)
+    assert prepared.report.rows == len(found) > 100
     assert prepared.report.examples == answers
