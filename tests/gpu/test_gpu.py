@@ -50,13 +50,17 @@ def test_a_row_runs_at_a_tiny_size_without_a_gpu(gpu_path: None, name: str) -> N
 
 def test_the_table_says_what_was_reached_and_why_a_row_is_empty() -> None:
     first, second, *_ = table.ROWS
+    reached = {"tokens_per_second": 12_000.0, "peak_reserved_gb": 79.0, "losses": [1.0]}
     found = {
+        "120b, 32k tokens": reached,
+        "120b, 24 GB card, experts on host": {**reached, "tokens_per_second": 9_000.0},
         first: {"tokens_per_second": 19_000.0, "peak_reserved_gb": 31.0, "losses": [1.0]},
         second: {"not_run": "failed", "stderr": "Traceback\nboom"},
     }
     lines = table_of(found).splitlines()
     assert lines[1].split()[-4:] == ["19,000", "18,000", "31.0", "40"]
     assert "not run: failed (boom)" in lines[2] and "not run: left out" in lines[3]
+    assert lines[-1].startswith("on host over resident (goal 0.6)") and lines[-1].endswith(" 0.75")
 
 
 def test_a_stripped_wheel_keeps_one_cuda_library_and_a_record_that_agrees(tmp_path: Path) -> None:
