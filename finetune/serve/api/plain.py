@@ -82,6 +82,8 @@ def page_router(page: Path) -> APIRouter:
 
     @at_root.get("/", include_in_schema=False)
     async def show_page() -> FileResponse:
-        return FileResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        # Asked for anew each time: after an update the old page must not meet the new server.
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+        return FileResponse(page, headers=headers)
 
     return at_root
