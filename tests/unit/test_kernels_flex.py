@@ -102,7 +102,7 @@ def test_masks_are_made_once_for_all_layers(on_flex: None, monkeypatch: pytest.M
 def test_packs_of_other_documents_are_no_compilations_of_their_own(on_flex: None) -> None:
     """A compilation takes seconds on a GPU, and every pack has documents of its own."""
     counter = CompileCounter()
-    compiled = torch.compile(flex_attention.flex_attention, dynamic=False, backend=counter)
+    compiled: Any = torch.compile(flex_attention.flex_attention, dynamic=False, backend=counter)
     query, key, value, _ = random_inputs(1, 256, torch.float32)
     for window, counted in ((None, 1), (128, 2)):
         for lengths in ([256], [100, 156], [7] * 36 + [4]):
