@@ -191,7 +191,7 @@ def _conversations() -> Iterator[dict[str, Any]]:
 
 
 def _varied(row: dict[str, Any], copy: int) -> dict[str, Any]:
-    """The same row in other words, so that no text is met twice."""
+    """The same row in other words: a copy that nothing kept from the first helps with."""
     draw = random.Random(copy)
 
     def other(text: str) -> str:
