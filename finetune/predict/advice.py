@@ -57,6 +57,11 @@ def _checkpointing(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         )
 
 
+def _attending_again(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    if recipe.train.keep_attention:
+        yield "train.keep_attention=0", _changed(recipe, "train", keep_attention=0)
+
+
 def _shorter_passes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     tokens = recipe.tokens_per_pass
     shortest = max(SHORTEST_PASS, recipe.data.max_tokens)
@@ -102,6 +107,6 @@ def _shorter_examples(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 _LADDERS = (
-    _checkpointing, _shorter_passes, _optimizer, _offloading, _dense, _experts_on_host, _rank,
-    _shorter_examples,
+    _checkpointing, _attending_again, _shorter_passes, _optimizer, _offloading, _dense, _experts_on_host,
+    _rank, _shorter_examples,
 )  # fmt: skip

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError
+from finetune.model.cpu_settings import ask_for_large_pages
 from finetune.predict.machines import CUDA_CONTEXT, CUDA_SLACK, Machine, found_gpu
 
 # What Python and the packages of a training process hold: 0.6 GB once they are imported, and what they load
@@ -43,9 +44,8 @@ def memory_here() -> Machine:
 def _machine(name: str, kind: str, memory: float, libraries: float, slack: float) -> Machine:
     """One whose rates are not asked for."""
     return Machine(
-        name=name, kind=kind, memory=memory, matrix={}, attention={}, bandwidth=0.0, decode={}, call={},
-        libraries=libraries, slack=slack,
-    )  # fmt: skip
+        name=name, kind=kind, memory=memory, matrix={}, bandwidth=0.0, libraries=libraries, slack=slack
+    )
 
 
 def this_machine() -> Machine:
@@ -97,13 +97,10 @@ def _processor(rates: dict[str, Any]) -> Machine:
         kind="cpu",
         memory=_free_memory(),
         matrix=rates["matrix"],
-        attention=rates["attention"],
         bandwidth=rates["bandwidth"],
-        decode=rates["decode"],
-        call=rates["call"],
         libraries=CPU_LIBRARIES,
         slack=CPU_SLACK,
-        fresh=rates["fresh"],
+        prices=rates["prices"],
         sheet_matrix=rates["matrix"]["bf16"],
         measured=True,
     )
@@ -116,6 +113,7 @@ def _rates() -> dict[str, Any]:
         kept = json.loads(file.read_text())
         if isinstance(kept, dict):
             return kept
+    ask_for_large_pages()  # as training has it
     done = subprocess.run(
         [sys.executable, "-m", "finetune.bench.rates"], capture_output=True, text=True, check=False
     )
@@ -134,7 +132,12 @@ def _cache_file() -> Path:
         os.environ.get("FINETUNE_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
     )
-    code = hashlib.sha256((Path(__file__).parents[1] / "bench" / "rates.py").read_bytes()).hexdigest()
+    # Prices are those of our own code: they are found anew where any of it has changed.
+    package = Path(__file__).parents[1]
+    sources = sorted(
+        [*package.glob("bench/*.py"), *package.glob("model/*.py"), package / "predict" / "units.py"]
+    )
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     here = [platform.node(), platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")]
     key = hashlib.sha256(json.dumps([*here, version("torch"), code]).encode()).hexdigest()[:16]
     return Path(folder) / f"machine-{key}.json"

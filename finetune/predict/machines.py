@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetune.errors import FinetuneError
 
@@ -12,25 +12,26 @@ from finetune.errors import FinetuneError
 class Machine:
     """`memory` in bytes; `matrix` in FLOP/s by dtype and `bandwidth` in bytes/s, as reached in practice.
 
-    `decode`: weights/s from MXFP4 into each dtype; `fresh`: bytes/s of writing to memory never used before,
-    0 where an allocator of its own keeps it; `call`: seconds that a product costs however small.
     `libraries`: bytes in use before a model is loaded; `slack`: the share of what comes and goes that an
-    allocator holds on to; `link`: bytes/s from host memory. `sheet_matrix`: the data sheet's FLOP/s in bf16.
+    allocator holds on to; `sheet_matrix`: the FLOP/s in bf16 that mfu is a share of. Of a processor `prices`
+    are measured, by dtype the seconds of each unit of finetune/predict/units.py. Of GPUs there are
+    `attention` in FLOP/s; `decode`, weights/s from MXFP4 into each dtype; `call`, seconds that a launch
+    costs; `link`, bytes/s from host memory.
     """
 
     name: str
     kind: str
     memory: float
     matrix: dict[str, float]
-    attention: dict[str, float]
     bandwidth: float
-    decode: dict[str, float]
-    call: dict[str, float]
     libraries: float
     slack: float
-    fresh: float = 0.0
-    link: float = 0.0
     sheet_matrix: float = 0.0
+    prices: dict[str, dict[str, float]] = field(default_factory=dict)
+    attention: dict[str, float] = field(default_factory=dict)
+    decode: dict[str, float] = field(default_factory=dict)
+    call: float = 0.0
+    link: float = 0.0
     measured: bool = False
 
 
@@ -117,7 +118,7 @@ def _machine(name: str, memory: float, sheet: _Sheet) -> Machine:
     decode = {"bf16": bandwidth / (17 / 32 + 2), "float32": bandwidth / (17 / 32 + 4)}
     return Machine(
         name=name, kind="cuda", memory=memory, matrix=matrix, attention=attention, bandwidth=bandwidth,
-        decode=decode, link=PCIE[sheet.pcie], call=dict.fromkeys(matrix, CUDA_CALL),
+        decode=decode, link=PCIE[sheet.pcie], call=CUDA_CALL,
         libraries=CUDA_CONTEXT, slack=CUDA_SLACK, sheet_matrix=sheet.bf16 * 1e12,
     )  # fmt: skip
 

@@ -42,9 +42,9 @@ HEAD_TILES = 7.25
 MAPPED = 32 << 20
 # Programs and packed operands that oneDNN keeps for products in bf16.
 ONEDNN = 0.05e9
-# Queries of one block of attention on a CPU (finetune/model/attention.py), and the float32 blocks there:
-# scores, probabilities and two of gradients, and as much again that blocks which grow leave behind.
-ATTENTION_QUERIES, ATTENTION_BLOCKS = 128, 8
+# Queries of one block of attention on a CPU, and bytes of each of the two buffers for its scores, unless one
+# key head's block is larger (finetune/model/attention.py).
+ATTENTION_QUERIES, ATTENTION_BUFFER = 128, 8 << 20
 # Bytes a trained weight: float32 itself and its gradient; two moments, in float32 or in bytes with a float32
 # of scale for 256 of them (bitsandbytes).
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 + 4 / 256)}
@@ -83,6 +83,8 @@ def predict_memory(shape: Shape, work: Workload, machine: Machine) -> Memory:
     trained = shape.lora_weights(work.rank, work.targets)
     layers = min(shape.layers, OFFLOAD_KEEPS) if work.offloaded and not on_cpu else shape.layers
     kept = layers * _kept_of_a_layer(shape, work)
+    if on_cpu or not work.offloaded:
+        kept += _kept_attention(shape, work)
     layer = max(_experts_working(shape, work, on_cpu), _attention_working(shape, work, on_cpu))
     before = 4.0 * trained if work.passes > 1 else 0.0
     # Moment -> (kept and working activations, gradients, logits).
@@ -128,8 +130,14 @@ def host_bytes(shape: Shape, work: Workload) -> float:
     """Host memory that a GPU's run takes: experts, embedding and activations that are kept there."""
     experts = packed_bytes(shape) if work.from_host else 0.0
     embedding = work.bytes * shape.vocab * shape.hidden if work.nf4 else 0
-    kept = shape.layers * _kept_of_a_layer(shape, work) if work.offloaded else 0.0
-    return experts + embedding + kept
+    return experts + embedding + offloaded_bytes(shape, work)
+
+
+def offloaded_bytes(shape: Shape, work: Workload) -> float:
+    """Of what is kept for backward, on the host."""
+    if not work.offloaded:
+        return 0.0
+    return shape.layers * _kept_of_a_layer(shape, work) + _kept_attention(shape, work)
 
 
 def packed_bytes(shape: Shape) -> float:
@@ -156,15 +164,14 @@ def _dense(shape: Shape, work: Workload, on_cpu: bool) -> float:
 
 
 def _cpu_scratch(shape: Shape, work: Workload) -> float:
-    """Both matrices of a group of experts, and all that has as many rows as the fullest group
-    (finetune/model/cpu.py, `_Backward.group`): in b x, d_out [H], y [2I], and more of I, 8 H + 33 I bytes
-    a row in either dtype."""
-    experts = group_experts(shape)
-    decoded = experts * shape.expert_matrix * work.bytes if shape.packed else 0
+    """What is decoded at once, and all that has as many rows as the fullest group (finetune/model/cpu.py,
+    `_Backward.group`): in b x and d_out [H] and y [2I], in float32 d_rows [H] and eight of I."""
+    experts, b = group_experts(shape), work.bytes
+    sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
+    decoded = sum(i * min(o, max(1, CPU_GROUP_WEIGHTS // 2 // i)) for i, o in sizes) if shape.packed else 0
     rows = _rows_of_a_group(shape, work, experts)
-    return decoded + float(rows) * (
-        8 * shape.hidden + 33 * shape.intermediate + 4 * _padded(work) * work.bytes
-    )
+    row = (2 * b + 4) * shape.hidden + (2 * b + 36) * shape.intermediate + 4 * _padded(work) * b
+    return experts * decoded * b + float(rows) * row
 
 
 def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:
@@ -207,6 +214,18 @@ def _kept_of_a_layer(shape: Shape, work: Workload) -> float:
     return float(3 * t * shape.hidden * b + routing) + _attention_kept(shape, work)
 
 
+def layers_with_attention(shape: Shape, work: Workload) -> int:
+    """Those that keep attention's result, where others make it again (finetune/model/recompute.py)."""
+    return min(work.keep_attention, shape.full_layers) if work.checkpointing else 0
+
+
+def _kept_attention(shape: Shape, work: Workload) -> float:
+    """Attention's output and logsumexp in the layers that keep them."""
+    return float(
+        layers_with_attention(shape, work) * work.tokens * (shape.query * work.bytes + 4 * shape.heads)
+    )
+
+
 def _attention_kept(shape: Shape, work: Workload) -> float:
     """What the attention half of a layer holds on to between its forward and its backward."""
     t, b = work.tokens, work.bytes
@@ -239,7 +258,8 @@ def _attention_working(shape: Shape, work: Workload, on_cpu: bool) -> float:
     gradients = t * (2 * shape.query + 2 * shape.key_value) * b + 2 * 4 * t * shape.key_value
     queries = min(t, ATTENTION_QUERIES)
     keys = min(t, work.document) if shape.full_layers else min(t, shape.window + queries)
-    blocks = ATTENTION_BLOCKS * 4 * shape.heads * queries * keys if on_cpu else 0.0
+    block = 4 * shape.heads // shape.kv_heads * queries * keys
+    blocks = 2 * max(ATTENTION_BUFFER, block) if on_cpu else 0.0
     return again + gradients + blocks + 2 * t * shape.hidden * b
 
 

@@ -13,8 +13,9 @@ class Workload:
     """One pass of `tokens` tokens on one process, `passes` of them a step.
 
     `document`: the length of the document that a token stands in, averaged over tokens; `learned`: the share
-    of tokens that the output head is asked for. `dense`: dtype of the dense weights and the computation. On
-    GPUs: `nf4` attention, experts `from_host`, and what is kept for backward `offloaded`.
+    of tokens that the output head is asked for. `dense`: dtype of the dense weights and the computation;
+    `keep_attention`: layers that do not attend again in backward. On GPUs: `nf4` attention, experts
+    `from_host`, and what is kept for backward `offloaded`.
     """
 
     tokens: int
@@ -29,6 +30,7 @@ class Workload:
     nf4: bool = False
     from_host: bool = False
     offloaded: bool = False
+    keep_attention: int = 0
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class Workload:
             nf4=recipe.model.dense == "nf4",
             from_host=recipe.model.experts_on == "host",
             offloaded=train.offload_activations,
+            keep_attention=train.keep_attention,
         )
 
     @property

@@ -33,18 +33,15 @@ def predict_row(row: Row, machine: Machine, passes: int = 1) -> dict[str, float]
     work = Workload(
         tokens=row.tokens // passes, passes=passes, rank=row.rank, targets=["attention", "experts"],
         dense="bf16", checkpointing=row.checkpointing, optimizer=row.optimizer, document=row.document,
-        nf4=row.nf4, from_host=row.experts_on_host, offloaded=row.offload,
+        nf4=row.nf4, from_host=row.experts_on_host, offloaded=row.offload, keep_attention=row.keep_attention,
     )  # fmt: skip
     limited = replace(machine, memory=min(machine.memory, row.limit * GB))
     memory, speed = predict_memory(shape, work, limited), predict_speed(shape, work, limited)
     seconds = {part.name: part.seconds for part in speed.parts}
-    # Layers that keep attention's result run two of nine products of scores less, and keep out and lse.
-    kept = row.keep_attention * row.tokens * (2 * shape.query + 4 * shape.heads)
-    seconds["attention scores"] *= 1 - 2 / 9 * row.keep_attention / shape.full_layers
-    step = sum(seconds.values())
+    step = speed.step_seconds
     return {
         "predicted_tokens_per_second": round(row.tokens / step, -2),
-        "predicted_peak_gb": round((memory.total + kept) / GB, 1),
+        "predicted_peak_gb": round(memory.total / GB, 1),
         **{f"predicted_share_{name}": round(each / step, 3) for name, each in seconds.items()},
     }
 

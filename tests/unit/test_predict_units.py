@@ -1,0 +1,70 @@
+"""Time on a processor: units are counted in the right things, and their prices come out of measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.bench.probes import LAYERS, fit
+from finetune.predict import Machine, Shape, Workload, gpu, predict_memory, predict_speed
+from finetune.predict.units import LIMITS, PARTS, head_units, layers_units, scored_keys
+
+SHAPE = Shape(
+    hidden=1024, intermediate=512, layers=4, full_layers=2, experts=8, top_k=2, heads=16, kv_heads=4,
+    head_dim=64, vocab=4096, window=128,
+)  # fmt: skip
+WORK = Workload(2048, 1, 8, ["attention", "experts"], "bf16", True, "adamw", 1024)
+
+
+def processor(**prices: float) -> Machine:
+    """One on which a unit costs nothing unless given."""
+    every = dict.fromkeys(PARTS, 0.0) | {name.replace("_", " "): price for name, price in prices.items()}
+    return Machine("p", "cpu", 1e10, {}, 1e30, 0.0, 0.0, prices={"bf16": every})
+
+
+def test_every_unit_has_a_part_and_every_part_a_limit() -> None:
+    counted = layers_units(SHAPE, WORK) | head_units(10, SHAPE.hidden, SHAPE.vocab)
+    assert set(counted) == set(PARTS) and set(PARTS.values()) == set(LIMITS)
+
+
+def test_a_step_costs_what_its_units_cost() -> None:
+    one = predict_speed(SHAPE, WORK, processor(experts=1e-3)).step_seconds
+    assert one == pytest.approx(1e-3 * SHAPE.layers * SHAPE.experts)
+    both = predict_speed(SHAPE, WORK, processor(experts=1e-3, products=1e-12)).step_seconds
+    assert both > one
+    assert predict_speed(SHAPE, replace(WORK, passes=3), processor(experts=1e-3)).step_seconds == (
+        pytest.approx(3 * one)
+    )
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3))
+def test_prices_are_found_where_units_explain_all(prices: list[float]) -> None:
+    units = [{"a": 1.0, "b": n, "c": n * n} for n in (1.0, 2.0, 5.0, 9.0)]
+    seconds = [sum(price * count for price, count in zip(prices, u.values(), strict=True)) for u in units]
+    found = fit(units, seconds)
+    assert [found[name] for name in "abc"] == pytest.approx(prices, rel=1e-4)
+
+
+def test_no_price_is_negative() -> None:
+    units = [{"a": 1.0, "b": n} for n in (1.0, 2.0, 3.0)]
+    found = fit(units, [3.0, 2.0, 1.0])
+    assert found["b"] == 0.0 and found["a"] > 0
+
+
+def test_there_are_more_probes_than_prices() -> None:
+    assert len(LAYERS) > len(layers_units(SHAPE, WORK))
+
+
+def test_kept_attention_is_less_work_and_more_memory() -> None:
+    machine, kept = gpu("h200"), replace(WORK, keep_attention=1)
+    more = predict_memory(SHAPE, kept, machine).activations - predict_memory(SHAPE, WORK, machine).activations
+    assert more == pytest.approx(2048 * (SHAPE.query * 2 + 4 * SHAPE.heads))
+    seconds = [predict_speed(SHAPE, work, machine).parts[1].seconds for work in (WORK, kept)]
+    assert seconds[1] < seconds[0]
+    # No more layers can keep it than there are that attend to everything.
+    assert scored_keys(SHAPE, replace(WORK, keep_attention=9), on_cpu=True) == scored_keys(
+        SHAPE, replace(WORK, keep_attention=2), on_cpu=True
+    )
