@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.model.cache import GrowingCache
+from finetune.model.cpu_settings import fast_float32
 from finetune.model.kept import keep_decoded
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), keep_decoded(model):
+        with torch.no_grad(), fast_float32(), keep_decoded(model):
             yield
     finally:
         model.train(training)
