@@ -1,6 +1,6 @@
 """The same LoRA training twice, one after the other: TRL + stock PEFT on the stock model, and TRL on ours.
 
-    python -m tests.measure.against_trl [--tokens 2048] [--steps 6] [--dtypes float32 bfloat16] [--record]
+    python -m tests.measure.against_trl [--tokens 512 2048 4096] [--steps 3] [--dtypes ...] [--record]
 
 It is `finetune bench --against trl` on random weights of hidden 1024, 32 experts and 4 layers: both sides
 train attention and all experts on the same ids from the same adapter, with gradient checkpointing, the same
@@ -22,26 +22,21 @@ RANK = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
     options = parser.parse_args()
+    sizes = " ".join(map(str, options.tokens))
+    command = f"python -m tests.measure.against_trl --tokens {sizes} --steps {options.steps}"
     figures: dict[str, Any] = {}
-    for dtype in options.dtypes:
-        recipe = recipe_of(options.tokens, RANK, dtype)
-        figures[dtype] = measure(recipe, config_of(), steps=options.steps, against=["trl"])
-        print(
-            json.dumps(
-                {
-                    dtype: {
-                        key: figures[dtype][key] for key in ("natural", "balanced") if key in figures[dtype]
-                    }
-                }
-            )
-        )
-    if options.record:
-        record("against_trl", f"python -m tests.measure.against_trl --tokens {options.tokens}", figures)
+    for tokens in options.tokens:
+        for dtype in options.dtypes:
+            found = measure(recipe_of(tokens, RANK, dtype), config_of(), steps=options.steps, against=["trl"])
+            figures.setdefault(f"{tokens} tokens", {})[dtype] = found
+            print(json.dumps({f"{tokens} tokens, {dtype}": found["natural"]["against"]}), flush=True)
+            if options.record:
+                record("against_trl", command, figures)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from finetune.model import CoverageCheck, add_lora, load_base
+from finetune.model.cpu_settings import multiply_float32_fast
 from tests.measure.conditions import record, resident_gib
 
 
@@ -52,6 +53,7 @@ def step_operations(config: Any, tokens: int) -> float:
 def measure(checkpoint: Path, tokens: int, steps: int, rank: int) -> dict[str, Any]:
     """Load, adapt and take `steps` optimiser steps of `tokens` random tokens."""
     rate = matrix_rate()
+    multiply_float32_fast()  # as `finetune train` does
     began = time.perf_counter()
     anonymous = resident_gib("RssAnon")
     base = load_base(checkpoint, dtype=torch.bfloat16, device="cpu")
