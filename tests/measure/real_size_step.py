@@ -1,6 +1,7 @@
 """LoRA steps on a full-size checkpoint on a CPU, experts packed: time, memory, share of the machine's rate.
 
-    python -m tests.measure.real_size_step CHECKPOINT [--tokens 1024] [--steps 2] [--rank 8] [--record]
+    THP_MEM_ALLOC_ENABLE=1 python -m tests.measure.real_size_step CHECKPOINT [--tokens 1024] [--steps 2]
+        [--rank 8] [--record]
 
 CHECKPOINT is a gpt-oss directory in the released layout. Random weights do: shapes, speed and memory are the
 same. The machine's rate is that of one large bfloat16 product; a step's products are counted as its
@@ -109,7 +110,8 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if options.record:
         sizes = f"--tokens {options.tokens} --steps {options.steps} --rank {options.rank}"
-        record("real_size_step", f"python -m tests.measure.real_size_step CHECKPOINT {sizes}", figures)
+        pages = "THP_MEM_ALLOC_ENABLE=1 " if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+        record("real_size_step", f"{pages}python -m tests.measure.real_size_step CHECKPOINT {sizes}", figures)
 
 
 if __name__ == "__main__":
