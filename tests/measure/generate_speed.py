@@ -1,6 +1,6 @@
 """Generation against stock transformers: tokens/s of reading a prompt and of writing, and memory.
 
-    python -m tests.measure.generate_speed [--dtypes bfloat16 float32] [--tries 3] [--record]
+    python -m tests.measure.generate_speed [--dtypes bfloat16 float32] [--tries 2] [--record]
 
 Random weights (hidden 1024, 32 experts, 4 layers), the same prompts, greedy, on this machine's CPU. Each side
 lives in a process of its own, and they take turns at every prompt; a side's figure is its best try, as what
@@ -10,14 +10,14 @@ default attention and experts.
 
 Reading ends with the first token. Memory is what a process peaks at over what it holds after its imports,
 mapped files included. `same_tokens` counts up to the first difference from stock: of equally likely tokens,
-which random weights often have in bfloat16, rounding picks one.
+which random weights often have in bfloat16, rounding picks one. --record adds the dtypes that were measured
+to runs/reference/generate_speed.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,7 @@ from finetune.bench.conditions import forget_peak
 from finetune.bench.random_weights import write_random_base
 from finetune.evaluate.generation import generate
 from finetune.model import keep_decoded, load_base
-from tests.measure.conditions import record, resident_gib
+from tests.measure.conditions import REFERENCE, record, resident_gib
 from tests.measure.random_size import config_of
 
 SIDES = ("finetune", "finetune, nothing kept", "transformers")
@@ -97,12 +97,9 @@ def live(name: str, base: Path, dtype: torch.dtype) -> None:
 @contextmanager
 def process(name: str, base: Path, dtype: str) -> Iterator[subprocess.Popen[str]]:
     words = [sys.executable, "-m", "tests.measure.generate_speed", "--live", name, str(base), dtype]
-    # Large pages for both sides: `finetune generate` asks for them.
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
     started = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=environment,
-    )  # fmt: skip
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         yield started
     finally:
@@ -132,13 +129,15 @@ def compare(base: Path, dtype: str, tries: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with ExitStack() as alive:
         sides = {name: alive.enter_context(process(name, base, dtype)) for name in SIDES}
+        for side in sides.values():
+            ask(side, [[1 + place % (vocabulary - 2) for place in range(128)]] * 8)  # warms up
         for count, length in CASES:
             prompts = torch.randint(1, vocabulary - 1, (count, length), generator=generator).tolist()
             best: dict[str, Answered] = {}
-            for number in range(tries + 1):  # the first warms up
+            for _ in range(tries):
                 for name, side in sides.items():
                     new = ask(side, prompts)
-                    old = best.get(name, new) if number > 1 else new
+                    old = best.get(name, new)
                     seconds = (min(x, y) for x, y in zip(old[1:], new[1:], strict=True))
                     best[name] = Answered(new.ids, *seconds)
             case = {
@@ -161,7 +160,7 @@ def compare(base: Path, dtype: str, tries: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--tries", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
     parser.add_argument("--live", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -172,7 +171,9 @@ def main() -> None:
         base = write_random_base(Path(folder) / "base", config_of())
         figures = {dtype: compare(base, dtype, options.tries) for dtype in options.dtypes}
     if options.record:
-        record("generate_speed", "python -m tests.measure.generate_speed --record", figures)
+        file = REFERENCE / "generate_speed.json"
+        known = json.loads(file.read_text())["figures"] if file.is_file() else {}
+        record("generate_speed", "python -m tests.measure.generate_speed --record", known | figures)
     return None
 
 
