@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.export.requantise import requantise
+from finetune.export.products import return_freed_memory
+from finetune.export.requantise import pack, requantise
+from finetune.export.ridge import Ridge
 from finetune.model.expert_layer import Factors, clamped_swiglu
 from finetune.model.experts import PackedExperts
 from finetune.model.layout import BLOCK
@@ -24,6 +26,10 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 # Share of the mean second moment that is added to each input's own, so that few or alike rows do not decide
 # everything.
 DAMPING = 0.003
+# Rows of a weight that are packed at once: what that takes is then small enough for memory to be used again.
+ROWS_AT_ONCE = 256
+# Tokens that pass an expert at once; many may be routed to a single one.
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,14 @@ def fit(
     """
     changed = 0
     for first, last in _groups(experts):
+        return_freed_memory()
         rows = [routed(number) for number in range(first, last)]
         tuned, export = [r.tuned for r in rows], [r.export for r in rows]
         for name in PROJECTIONS:
             wanted, touched = _merged(experts, name, first, last, factors)
             values = _decoded(experts, name, first, last)
+            if name == "gate_up_proj":
+                passed = [_activated(experts, first + i, x, wanted[i]) for i, x in enumerate(tuned)]
             missing = [r.missing if name == "down_proj" else None for r in rows]
             found = touched.nonzero().flatten().tolist()
             parts = [
@@ -73,7 +82,7 @@ def fit(
                 values[found] = _fitted(parts, sweeps)
                 changed += _store(experts, name, first, values)
             if name == "gate_up_proj":
-                tuned = [_activated(experts, first + i, x, wanted[i]) for i, x in enumerate(tuned)]
+                tuned = passed
                 export = [_activated(experts, first + i, x, values[i]) for i, x in enumerate(export)]
     return changed
 
@@ -89,30 +98,24 @@ class _Part:
     weight: Tensor  # [n]
     missing: Tensor | None  # [n, out]
 
-    def moments(self) -> Tensor:
-        """Second moments of the export's inputs, damped, `[in, in]`."""
-        moments = (self.export * self.weight.unsqueeze(1)).mT @ self.export
-        mean = moments.diagonal().mean()
-        # An expert without a row is rounded as if all inputs were alike.
-        moments.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-        return moments
-
     def lacking(self) -> Tensor:
-        """The export's inputs times what its outputs lack with the wanted weights, `[in, out]`."""
+        """What the outputs lack with the wanted weights, `[n, out]`."""
         lack = (self.tuned - self.export) @ self.wanted.mT
-        if self.missing is not None:
-            lack += self.missing
-        return (self.export * self.weight.unsqueeze(1)).mT @ lack
+        return lack if self.missing is None else lack.add_(self.missing)
 
 
 def _fitted(parts: Sequence[_Part], sweeps: int) -> Tensor:
-    """MXFP4 values `[g, out, in]`."""
-    moments = torch.stack([part.moments() for part in parts])
-    lacking = torch.stack([part.lacking() for part in parts])
-    # Least squares gives the best unrounded weights; the damping draws them to the wanted ones.
-    shift = torch.cholesky_solve(lacking, torch.linalg.cholesky(moments)).mT
-    wanted = torch.stack([part.wanted for part in parts]) + shift
-    return requantise(wanted, moments, torch.stack([part.was for part in parts]), sweeps=sweeps)
+    """MXFP4 values `[g, out, in]`; what the parts want is changed on the way."""
+    fits = [Ridge(part.export, part.weight, DAMPING) for part in parts]
+    # The best unrounded weights: those wanted, and what mends the outputs.
+    wanted = [part.wanted.add_(fit.solve(part.lacking())) for part, fit in zip(parts, fits, strict=True)]
+    moments, was = [fit.moments for fit in fits], [part.was for part in parts]
+    return requantise(_together(wanted), _together(moments), _together(was), sweeps=sweeps)
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """`[g, ...]`; a single large one is not copied."""
+    return torch.stack(list(parts)) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _groups(experts: PackedExperts) -> list[tuple[int, int]]:
@@ -140,16 +143,25 @@ def _merged(
 
 def _activated(experts: PackedExperts, number: int, rows: Tensor, weights: Tensor) -> Tensor:
     """`rows [n, H]` through an expert's gate_up `weights [2I, H]`: the down projection's inputs, `[n, I]`."""
-    y = rows @ weights.mT + experts.gate_up_proj_bias[number]
-    return clamped_swiglu(y, experts.alpha, experts.limit)
+
+    def some(part: Tensor) -> Tensor:
+        y = part @ weights.mT + experts.gate_up_proj_bias[number]
+        return clamped_swiglu(y, experts.alpha, experts.limit)
+
+    return torch.cat([some(part) for part in rows.split(TOKENS_AT_ONCE)])
 
 
 def _store(experts: PackedExperts, name: str, first: int, values: Tensor) -> int:
     """Pack `values [g, out, in]`; a block whose values are as before keeps its bytes."""
-    here = slice(first, first + len(values))
-    differs = (_decoded(experts, name, here.start, here.stop) != values).unflatten(-1, (-1, BLOCK))
-    moved = differs.any(-1)
-    for part, fresh in zip((name, f"{name}_scales"), quantise_mxfp4(values), strict=True):
-        stored = experts.get_parameter(part)[here]
-        stored.copy_(torch.where(moved.unsqueeze(-1) if fresh.ndim == 4 else moved, fresh, stored))
-    return int(differs.sum())
+    blocks, scales = experts.get_parameter(name), experts.get_parameter(f"{name}_scales")
+    changed = 0
+    for expert, wanted in enumerate(values, first):
+        for start in range(0, len(wanted), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            stored = blocks[expert, rows], scales[expert, rows]
+            differs = (dequantise_mxfp4(*stored, torch.float32) != wanted[rows]).unflatten(-1, (-1, BLOCK))
+            moved, fresh = differs.any(-1), pack(wanted[rows])
+            stored[0].copy_(torch.where(moved.unsqueeze(-1), fresh[0], stored[0]))
+            stored[1].copy_(torch.where(moved, fresh[1], stored[1]))
+            changed += int(differs.sum())
+    return changed

@@ -56,22 +56,26 @@ def fit_layer(network: Network, number: int, change: Change, walk: Walk, *, swee
     attended = calibration.attended(layer, "tuned")
     calibration.finish(layer, "tuned", attended, change.factors)
     walk.held_out.step(layer, "tuned", change.factors)
+    network.release_scratch()
     weight = _token_weights(calibration)
     tuned = torch.cat(attended)
     dtype = network.dense_dtype
     dense = {name: merged.to(dtype).float() for name, merged in change.exact.items()}
-    dense |= refit_attention(layer, change.exact, before, tuned, weight, dtype)
+    refitted, export = refit_attention(layer, change.exact, before, tuned, weight, dtype)
+    dense |= refitted
     del before, attended  # 0.4 GB of gpt-oss-20b's streams, of no more use
     layer.replace(dense)
-    export = calibration.attended(layer, "export")
+    network.release_scratch()
     last = number == network.config.num_hidden_layers - 1
     excess, changed = 0.0, 0
     for round_number in range(ROUNDS if last and change.factors else 1):
         if round_number:
-            layer = network.layer(number)
-            layer.replace(dense)
-        missing = tuned - torch.cat(export) + excess * (calibration.all("tuned") - calibration.all("base"))
-        changed = _fit_experts(layer, change.factors, tuned, torch.cat(export), missing, weight, sweeps)
+            network.restore_experts(layer, number)
+        past_attention = torch.cat(export)
+        missing = tuned - past_attention
+        if excess:
+            missing += excess * (calibration.all("tuned") - calibration.all("base"))
+        changed = _fit_experts(layer, change.factors, tuned, past_attention, missing, weight, sweeps)
         calibration.finish(layer, "export", export, {})
         excess += 1 - _share_of_change(calibration, weight)
     walk.held_out.step(layer, "export", {})

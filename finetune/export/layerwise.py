@@ -5,7 +5,7 @@ Everything is computed in float32: what the versions differ by is small beside b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
+from finetune.export.products import return_freed_memory
 from finetune.export.tensors import DTYPES, Checkpoint
 from finetune.model.attention import Packing
 from finetune.model.expert_layer import Factors
@@ -78,6 +79,11 @@ class Layer:
         hook.remove()
         return seen[0][0]
 
+    def past_attention(self, states: Sequence[Tensor], heads: Sequence[Tensor]) -> list[Tensor]:
+        """What `attend` makes of each state, `[L, H]`, given what `heads` found."""
+        projection = self._module.self_attn.o_proj
+        return [state + projection(seen) for state, seen in zip(states, heads, strict=True)]
+
     def normed(self, state: Tensor) -> Tensor:
         """What router and experts see of a `state [n, H]` past attention."""
         out: Tensor = self._module.post_attention_layernorm(state)
@@ -122,6 +128,18 @@ class Network:
         module.load_state_dict(state, assign=True, strict=True)
         module.requires_grad_(False).eval()
         return Layer(module, self._rotary, self.config.sliding_window)
+
+    def restore_experts(self, layer: Layer, number: int) -> None:
+        """Give a layer's experts the checkpoint's bytes again."""
+        for part in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{number}.mlp.experts.{part}"
+            layer.experts.get_parameter(part).copy_(self.checkpoint.read(f"{name}_blocks"))
+            layer.experts.get_parameter(f"{part}_scales").copy_(self.checkpoint.read(f"{name}_scales"))
+
+    def release_scratch(self) -> None:
+        """Give back what the experts' passes work in, which is as long as the rows of the busiest expert."""
+        self._scratch.clear()
+        return_freed_memory()
 
     def embed(self, passage: Passage) -> Tensor:
         """The first layer's input, `[L, H]`."""

@@ -19,10 +19,10 @@ from finetune.export.subject import Subject
 from finetune.recipe import DataSpec, ModelSpec, Recipe, Source
 from finetune.rundir import cache_folder
 
-# Values of one residual stream in float32: 0.1 GB, of which base, tuned model and export have one each; or
-# 8,738 tokens of gpt-oss, whose merge then takes two cores about an hour; small models stop at MOST_TOKENS,
-# where more no longer helps.
-CALIBRATION_VALUES = 3 << 23
+# Values of one residual stream in float32: 50 MB, of which base, tuned model and export have one each; or
+# 4,369 tokens of gpt-oss, whose merge then takes two cores less than an hour; small models stop at
+# MOST_TOKENS, where more no longer helps.
+CALIBRATION_VALUES = 3 << 22
 HELD_OUT_VALUES = 1 << 22
 MOST_TOKENS = 1 << 15
 # Of a file that is given for calibration, this share is measured on instead.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.export.layerwise import Layer
+from finetune.export.ridge import Ridge
 from finetune.export.streams import Streams
 
 INWARD = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
@@ -29,39 +30,40 @@ def refit_attention(
     attended: Tensor,
     weight: Tensor,
     dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """New values, in float32 but rounded to `dtype`, of those weights in `exact` that belong to attention.
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """New values of those weights in `exact` that belong to attention, and the export's streams past it.
 
-    `exact` holds a layer's merged weights by name, float32. `streams` are before the layer, `attended [T, H]`
-    is the tuned one past its attention, and an error at token t counts `weight[t]`. The weights are put into
-    `layer`.
+    `exact` holds a layer's merged weights by name, float32; the new ones are float32, rounded to `dtype`.
+    `streams` are before the layer, `attended [T, H]` is the tuned one past its attention, and an error at
+    token t counts `weight[t]`. The weights are put into `layer`.
     """
     found: dict[str, Tensor] = {}
-    tuned, export = (
-        layer.before_attention(streams.all("tuned")),
-        layer.before_attention(streams.all("export")),
-    )
-    for name in INWARD:
-        if name in exact:
-            lacking = (tuned - export) @ exact[name].mT
-            found[name] = _rounded(exact[name] + _least_squares(export, lacking, weight), dtype)
+    share = weight / weight.sum()
+    inward = {name: exact[name] for name in INWARD if name in exact}
+    if inward:
+        changes = _inward_changes(layer, torch.cat(list(inward.values())), streams, share)
+        parts = changes.split([len(weights) for weights in inward.values()])
+        pairs = zip(inward.items(), parts, strict=True)
+        found = {name: _rounded(weights + part, dtype) for (name, weights), part in pairs}
     layer.replace({**exact, **found})
+    states, passages = streams.at["export"], streams.passages
+    together = torch.cat(
+        [layer.heads(state, passage) for state, passage in zip(states, passages, strict=True)]
+    )
+    heads = together.split([len(state) for state in states])
     if OUTWARD in exact:
-        pairs = list(zip(streams.at["export"], streams.passages, strict=True))
-        heads = torch.cat([layer.heads(state, passage) for state, passage in pairs])
-        lacking = attended - torch.cat(streams.attended(layer, "export"))
-        found[OUTWARD] = _rounded(exact[OUTWARD] + _least_squares(heads, lacking, weight), dtype)
+        lacking = attended - torch.cat(layer.past_attention(states, heads))
+        change = Ridge(together, share, DAMPING).solve(lacking)
+        found[OUTWARD] = _rounded(exact[OUTWARD] + change, dtype)
         layer.replace({OUTWARD: found[OUTWARD]})
-    return found
+    return found, layer.past_attention(states, heads)
 
 
-def _least_squares(inputs: Tensor, lacking: Tensor, weight: Tensor) -> Tensor:
-    """The change `[out, in]` of a map that gives `lacking [T, out]` from `inputs [T, in]`."""
-    weighted = (inputs * weight.unsqueeze(1)).mT
-    moments = weighted @ inputs
-    moments.diagonal().add_(DAMPING * moments.diagonal().mean())
-    change: Tensor = torch.cholesky_solve(weighted @ lacking, torch.linalg.cholesky(moments)).mT
-    return change
+def _inward_changes(layer: Layer, weights: Tensor, streams: Streams, share: Tensor) -> Tensor:
+    """What `weights [out, H]` have to change by to give the tuned model's outputs for the export's inputs."""
+    export = layer.before_attention(streams.all("export"))
+    apart = layer.before_attention(streams.all("tuned")).sub_(export)
+    return Ridge(export, share, DAMPING).solve(apart @ weights.mT)
 
 
 def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:

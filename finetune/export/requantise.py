@@ -22,12 +22,17 @@ import torch
 from torch import Tensor
 
 from finetune.model.layout import BLOCK
-from finetune.model.mxfp4 import LARGEST_EXPONENT
+from finetune.model.mxfp4 import LARGEST_EXPONENT, SCALE_BIAS
 
 LARGEST_VALUE = 6.0
 EXPONENT_BITS = 0x7F800000  # of a float32
+CODE_BITS = (127 << 1) - 2  # exponent and first bit of the mantissa of 1.0, whose code is 2
 # Smaller blocks than these are zero to any computation in float32 that uses them.
 SMALLEST_EXPONENT = -100
+# Columns whose errors are passed on to all later ones at once, for the sake of the product's speed.
+PASSED_ON_AT_ONCE = 8 * BLOCK
+# Triangles up to this size are inverted as they are, larger ones by halves: most of it is then products.
+SMALL_TRIANGLE = 256
 # A sweep over all blocks that improves the error by less than this share is the last.
 ENOUGH = 1e-3
 
@@ -39,13 +44,13 @@ def requantise(wanted: Tensor, moments: Tensor, started: Tensor, *, sweeps: int)
     [G, O, I]`, MXFP4 values, is another start: rows that it serves better than error feedback begin there.
     At most so many `sweeps` of coordinate descent follow.
     """
-    aim = wanted.mT.contiguous()
-    values, errors = _feed_errors_forward(aim, moments)
     errors_started = row_errors(started, wanted, moments)
+    values, errors = _feed_errors_forward(wanted.mT, moments)
     better = errors_started < errors
     values = torch.where(better.unsqueeze(1), started.mT, values)
-    left = float(torch.where(better, errors_started, errors).sum())
-    off = values - aim
+    if sweeps:
+        left = float(torch.where(better, errors_started, errors).sum())
+        off = values - wanted.mT
     for _ in range(sweeps):
         gained = _descend(values, off, moments)
         left -= gained
@@ -57,7 +62,7 @@ def requantise(wanted: Tensor, moments: Tensor, started: Tensor, *, sweeps: int)
 def row_errors(values: Tensor, wanted: Tensor, moments: Tensor) -> Tensor:
     """Mean squared output error of every row, `[G, O]`."""
     error = values - wanted
-    return ((error @ moments) * error).sum(-1)
+    return (error @ moments).mul_(error).sum(-1)
 
 
 def round_to_grid(values: Tensor) -> Tensor:
@@ -66,6 +71,23 @@ def round_to_grid(values: Tensor) -> Tensor:
     magnitude = values.abs().clamp_(1, 4)
     step = magnitude.view(torch.int32).bitwise_and_(EXPONENT_BITS).view(torch.float32).mul_(0.5)
     return (values / step).round_().mul_(step).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
+
+
+def pack(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks `[..., out, in/32, 16]` and scales of float32 `values [..., out, in]` that MXFP4 holds exactly.
+
+    What `quantise_mxfp4` gives for such values, which the specification's scale serves, many times faster.
+    """
+    groups = values.unflatten(-1, (-1, BLOCK))
+    largest = groups.abs().amax(-1)
+    exponent = torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT
+    exponent = torch.where(largest > 0, exponent, -SCALE_BIAS).clamp(min=-SCALE_BIAS)
+    scaled = torch.ldexp(groups, -exponent.unsqueeze(-1))
+    # Exponent and first bit of the mantissa number the codes from 1 (code 2) on; 0.5 and 0 come below.
+    magnitude = scaled.abs()
+    code = (magnitude.view(torch.int32) >> 22).sub_(CODE_BITS).clamp_(min=0)
+    code = torch.maximum(code, (magnitude > 0).int()).to(torch.uint8) | (torch.signbit(scaled).byte() << 3)
+    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent + SCALE_BIAS).to(torch.uint8)
 
 
 def _units(block: Tensor) -> Tensor:
@@ -84,14 +106,25 @@ def _feed_errors_forward(aim: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     columns = order.unsqueeze(-1).expand_as(aim)
     left = aim.gather(1, columns)
     spread = _error_spread(moments, order)
-    values = torch.empty_like(aim)
+    values = torch.empty_like(left)
     total = aim.new_zeros(aim.shape[0], aim.shape[2])
-    for here in _blocks(aim.shape[1]):
-        values[:, here], error = _round_block(left[:, here], spread[:, here, here])
-        total += error.square().sum(1)
-        if here.stop < aim.shape[1]:
-            left[:, here.stop :].baddbmm_(spread[:, here, here.stop :].mT, error, alpha=-1)
+    errors = torch.empty_like(left[:, :PASSED_ON_AT_ONCE])
+    width = aim.shape[1]
+    for first in range(0, width, PASSED_ON_AT_ONCE):
+        last = min(first + PASSED_ON_AT_ONCE, width)
+        for here in _blocks(first, last):
+            values[:, here], error = _round_block(left[:, here], spread[:, here, here])
+            total += error.square().sum(1)
+            errors[:, here.start - first : here.stop - first] = error
+            _pass_on(left[:, here.stop : last], spread[:, here, here.stop : last], error)
+        _pass_on(left[:, last:], spread[:, first:last, last:], errors[:, : last - first])
     return torch.empty_like(values).scatter_(1, columns, values), total
+
+
+def _pass_on(left: Tensor, spread: Tensor, errors: Tensor) -> None:
+    """Have `left [G, I, O]` undo `errors [G, J, O]`, by `spread [G, J, I]`."""
+    if left.shape[1]:
+        left.baddbmm_(spread.mT, errors, alpha=-1)
 
 
 def _columns_by_energy(moments: Tensor) -> Tensor:
@@ -112,9 +145,23 @@ def _error_spread(moments: Tensor, order: Tensor) -> Tensor:
     square = moments.gather(-2, back.unsqueeze(-1).expand_as(moments))
     square = square.gather(-1, back.unsqueeze(-2).expand_as(moments))
     factor = torch.linalg.cholesky(square).flip(-1, -2)
-    identity = torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype)
-    spread: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True)
-    return spread
+    return _inverse_of_triangle(factor)
+
+
+def _inverse_of_triangle(upper: Tensor) -> Tensor:
+    """Of an upper triangular `[G, n, n]`."""
+    size = upper.shape[-1]
+    if size <= SMALL_TRIANGLE:
+        identity = torch.eye(size, device=upper.device, dtype=upper.dtype)
+        small: Tensor = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
+        return small
+    first, last = slice(size // 2), slice(size // 2, size)
+    inverse = torch.zeros_like(upper)
+    inverse[:, first, first] = _inverse_of_triangle(upper[:, first, first])
+    inverse[:, last, last] = _inverse_of_triangle(upper[:, last, last])
+    corner = inverse[:, first, first] @ upper[:, first, last] @ inverse[:, last, last]
+    inverse[:, first, last] = corner.neg_()
+    return inverse
 
 
 def _round_block(block: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +204,7 @@ def _descend(values: Tensor, off: Tensor, moments: Tensor) -> float:
     their sum shrinks.
     """
     gained = 0.0
-    for here in _blocks(values.shape[1]):
+    for here in _blocks(0, values.shape[1]):
         slope = moments[:, here] @ off  # half the gradient, [G, 32, O]
         moved, change = _descend_block(values[:, here], slope, moments[:, here, here])
         values[:, here] += moved
@@ -166,8 +213,8 @@ def _descend(values: Tensor, off: Tensor, moments: Tensor) -> float:
     return gained
 
 
-def _blocks(width: int) -> Iterator[slice]:
-    return (slice(first, first + BLOCK) for first in range(0, width, BLOCK))
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    return (slice(start, start + BLOCK) for start in range(first, last, BLOCK))
 
 
 def _descend_block(block: Tensor, slope: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from finetune.export.requantise import requantise, round_to_grid, row_errors
+from finetune.export import requantise as requantising
+from finetune.export.requantise import pack, requantise, round_to_grid, row_errors
 from finetune.model.mxfp4 import CODE_VALUES, dequantise_mxfp4, quantise_mxfp4
 
 MAPS, OUTPUTS, INPUTS = 3, 40, 96
@@ -70,3 +72,29 @@ def test_columns_that_nothing_comes_in_through_are_rounded_all_the_same() -> Non
     moments.diagonal(dim1=-2, dim2=-1).add_(1e-3)
     wanted = base + low_rank(0.05)
     assert (requantise(wanted, moments, base, sweeps=8) - wanted).abs().max() < 0.2
+
+
+def test_values_are_packed_as_rounding_to_the_nearest_would() -> None:
+    torch.manual_seed(0)
+    values = nearest(torch.randn(200, INPUTS) * torch.logspace(-30, 6, 200).unsqueeze(1))
+    values[:, :40] *= torch.rand(200, 40) > 0.9
+    values[:3] = torch.tensor([0.0, -0.0, 6.0]).unsqueeze(1)
+    for packed, expected in zip(pack(values), quantise_mxfp4(values), strict=True):
+        assert torch.equal(packed, expected)
+
+
+def test_triangles_are_inverted_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    upper = torch.randn(2, 75, 75, dtype=torch.float64).triu() + 9 * torch.eye(75, dtype=torch.float64)
+    monkeypatch.setattr(requantising, "SMALL_TRIANGLE", 8)
+    torch.testing.assert_close(requantising._inverse_of_triangle(upper), torch.linalg.inv(upper))
+
+
+def test_how_many_columns_pass_errors_on_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, moments = base_and_moments()
+    wanted = base + low_rank(0.05)
+    errors = []
+    for at_once in (32, 64):
+        monkeypatch.setattr(requantising, "PASSED_ON_AT_ONCE", at_once)
+        errors.append(row_errors(requantise(wanted, moments, base, sweeps=0), wanted, moments).sum())
+    assert torch.isclose(errors[0], errors[1], rtol=1e-3)
