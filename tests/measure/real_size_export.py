@@ -4,7 +4,8 @@
 
 CHECKPOINT is a gpt-oss directory in the released layout; random weights do, as shapes, speed and memory are
 the same. gguf is of the model as it is; mxfp4 has a random adapter of rank 8 merged in, fitted to
-conversations of this repository, and with `--layers` is killed after so many, as the record then says.
+conversations of this repository, and with `--layers` is killed after so many, as the record then says. A
+measurement of mxfp4 that was itself killed goes on in the same `--scratch`, and says how often it has.
 Memory is the largest seen of the process: anonymous (what it holds) and resident (mapped files with it).
 Files leave the cache before they are read, and are on the disk when the clock stops.
 """
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,16 @@ from torch import Tensor
 from finetune.export.peft_files import CONFIG, DOWN, GATE_UP, WEIGHTS, Sizes
 from finetune.export.progress import FILE as PROGRESS
 from finetune.export.tensors import Planned, write_safetensors
-from tests.measure.conditions import record
+from tests.measure.conditions import REFERENCE, record
 
+NAME = "real_size_export"
 RANK, ALPHA = 8, 16
 # Moves a weight by a few hundredths of its size, as a training of a day does.
 SPREAD = 0.01
 TALK = Path(__file__).resolve().parents[2] / "recipes" / "nano" / "data" / "stock-codes.jsonl"
 PROGRAM = [sys.executable, "-c", "from finetune.cli import main; main()"]
 SECONDS_BETWEEN_SAMPLES = 0.02
+LONGEST_LOOK = 2.0  # seconds
 KIB_PER_GB = 1e9 / 1024
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -50,12 +53,27 @@ class Watched:
     anonymous_gb: float = 0.0
     resident_gb: float = 0.0
     layer_seconds: list[float] = field(default_factory=list)
+    stopped_seconds: float = 0.0  # from outside; these count nowhere else
+    resumed: int = 0
+
+    @classmethod
+    def kept(cls, file: Path) -> Watched:
+        """What was seen before this program was killed, or nothing yet."""
+        if not file.is_file():
+            return cls()
+        before = cls(**json.loads(file.read_text(encoding="utf-8")))
+        return replace(before, resumed=before.resumed + 1)
 
     def figures(self) -> dict[str, Any]:
         peak = {"peak_anonymous_gb": self.anonymous_gb, "peak_resident_gb": self.resident_gb}
         figures = {"seconds": round(self.seconds, 1), **{k: round(v, 2) for k, v in peak.items()}}
         layers = [round(one, 1) for one in self.layer_seconds]
-        return {**figures, **({"layer_seconds": layers} if layers else {})}
+        rare = {
+            "layer_seconds": layers,
+            "stopped_seconds": round(self.stopped_seconds, 1),
+            "resumed": self.resumed,
+        }
+        return {**figures, **{name: figure for name, figure in rare.items() if figure}}
 
 
 def write_adapter(checkpoint: Path, folder: Path) -> Path:
@@ -94,15 +112,19 @@ def _normal(name: str, shape: tuple[int, int], spread: float) -> Planned:
     return Planned(name, "BF16", shape, pieces)
 
 
-def watch(words: list[str], stop: Callable[[Watched], bool] | None = None) -> Watched:
-    """Run a command and look at its memory; `stop` may end it early.
+def watch(
+    words: list[str], stop: Callable[[Watched], bool] | None = None, seen: Watched | None = None
+) -> Watched:
+    """Run a command and look at its memory, adding to what was `seen`; `stop` may end it early.
 
     Raises:
         SystemExit: the command failed.
     """
-    began, seen = time.perf_counter(), Watched()
+    seen = seen or Watched()
+    last = time.perf_counter()
     process = subprocess.Popen(words)
     while process.poll() is None:
+        last = _count(seen, last)
         anonymous, resident = _memory(process.pid)
         seen.anonymous_gb = max(seen.anonymous_gb, anonymous)
         seen.resident_gb = max(seen.resident_gb, resident)
@@ -114,9 +136,20 @@ def watch(words: list[str], stop: Callable[[Watched], bool] | None = None) -> Wa
     else:
         if process.returncode:
             raise SystemExit(f"{words} ended with {process.returncode}")
+    last = _count(seen, last)
     os.sync()
-    seen.seconds = time.perf_counter() - began
+    seen.seconds += time.perf_counter() - last
     return seen
+
+
+def _count(seen: Watched, last: float) -> float:
+    """Add the time since `last`; where this program did not get to look, it and the command were stopped."""
+    now = time.perf_counter()
+    if now - last > LONGEST_LOOK:
+        seen.stopped_seconds += now - last
+    else:
+        seen.seconds += now - last
+    return now
 
 
 def _memory(pid: int) -> tuple[float, float]:
@@ -160,21 +193,26 @@ def measure_gguf(checkpoint: Path, scratch: Path) -> dict[str, Any]:
 
 def measure_mxfp4(checkpoint: Path, scratch: Path, layers: int | None) -> dict[str, Any]:
     """All layers, or the first few of them and nothing of what follows."""
-    adapter, out = write_adapter(checkpoint, scratch / "adapter"), scratch / "mxfp4"
-    kept, marks = scratch / ".mxfp4.part" / PROGRESS, [time.time()]
+    adapter, out = scratch / "adapter", scratch / "mxfp4"
+    if not (adapter / CONFIG).is_file():
+        write_adapter(checkpoint, adapter)
+    kept, file = scratch / ".mxfp4.part" / PROGRESS, scratch / "seen.json"
+    before = Watched.kept(file)
+    marks = [(time.time(), before.seconds)]
 
     def look(seen: Watched) -> bool:
         try:
             at = kept.stat().st_mtime
         except FileNotFoundError:
             return False
-        if at > marks[-1]:
-            seen.layer_seconds.append(at - marks[-1])
-            marks.append(at)
+        if at > marks[-1][0]:
+            seen.layer_seconds.append(seen.seconds - marks[-1][1])
+            marks.append((at, seen.seconds))
+            file.write_text(json.dumps(asdict(seen)), encoding="utf-8")
         return len(seen.layer_seconds) == layers
 
     words = ["export", str(adapter), "--base", str(checkpoint), "--to", "mxfp4", "--out", str(out)]
-    seen = watch([*PROGRAM, *words, "--calibrate", str(TALK), "--kept-at-least", "-1e9"], look)
+    seen = watch([*PROGRAM, *words, "--calibrate", str(TALK), "--kept-at-least", "-1e9"], look, before)
     all_layers = Sizes.of(checkpoint).layers
     figures = {"layers": f"{len(seen.layer_seconds)} of {all_layers}", "rank": RANK, **seen.figures()}
     if (out / "finetune_export.json").is_file():
@@ -189,27 +227,38 @@ def main() -> None:
     parser.add_argument("--to", nargs="+", choices=("gguf", "mxfp4"), default=["gguf", "mxfp4"])
     parser.add_argument("--layers", type=int, help="of mxfp4, do only so many")
     parser.add_argument(
-        "--scratch", type=Path, help="a folder with room for two copies; beside CHECKPOINT if not given"
+        "--scratch",
+        type=Path,
+        help="a folder of its own, with room for a copy; beside CHECKPOINT if not given",
     )
+    parser.add_argument("--beside", help="what else ran on the machine, to be recorded with the figures")
     parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
-    beside = options.scratch or options.checkpoint.resolve().parent
-    with tempfile.TemporaryDirectory(dir=beside) as scratch:
-        if "gguf" in options.to:
-            figures["cp"] = measure_cp(options.checkpoint, Path(scratch))
-            figures["gguf"] = measure_gguf(options.checkpoint, Path(scratch))
-            figures["gguf"]["times_cp"] = round(figures["gguf"]["seconds"] / figures["cp"]["seconds"], 2)
-        if "mxfp4" in options.to:
-            figures["mxfp4"] = measure_mxfp4(options.checkpoint, Path(scratch), options.layers)
+    scratch = options.scratch or Path(tempfile.mkdtemp(dir=options.checkpoint.resolve().parent))
+    scratch.mkdir(parents=True, exist_ok=True)
+    if "gguf" in options.to:
+        figures["cp"] = measure_cp(options.checkpoint, scratch)
+        figures["gguf"] = measure_gguf(options.checkpoint, scratch)
+        figures["gguf"]["times_cp"] = round(figures["gguf"]["seconds"] / figures["cp"]["seconds"], 2)
+    if "mxfp4" in options.to:
+        figures["mxfp4"] = measure_mxfp4(options.checkpoint, scratch, options.layers)
+    shutil.rmtree(scratch)
+    if options.beside:
+        for one in figures.values():
+            one["beside"] = options.beside
     print(json.dumps(figures, indent=2))
     if options.record:
-        words = f"--to {' '.join(options.to)}" + (f" --layers {options.layers}" if options.layers else "")
-        print(
-            record(
-                "real_size_export", f"python -m tests.measure.real_size_export CHECKPOINT {words}", figures
-            )
-        )
+        print(record(NAME, "python -m tests.measure.real_size_export CHECKPOINT", {**earlier(), **figures}))
+
+
+def earlier() -> dict[str, Any]:
+    """The figures that are recorded already: of formats that are not measured anew they stay."""
+    file = REFERENCE / f"{NAME}.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    return found
 
 
 if __name__ == "__main__":
