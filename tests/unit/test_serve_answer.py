@@ -108,7 +108,8 @@ def test_pieces_are_what_the_parser_makes_of_the_whole(ids: list[int]) -> None:
     if not ids:
         return
     parts = parse_completion(ENCODER, ids[: ids.index(token) + 1] if token in ENCODER.stop_ids else ids).parts
-    text = sum(len(part.text) for part in parts if part.role is not None)
+    # Half a character, where an answer is cut off, is let out by the parser alone.
+    text = sum(len(part.text.removesuffix("\ufffd")) for part in parts if part.role is not None)
     told = sum(len(piece.text) for piece in pieces if piece.kind != "call")
     # Headers that never became a message are kept by the parser alone; calls without arguments gain `{}`.
     assert told >= text
