@@ -86,7 +86,10 @@ def check(
         from finetune.cli_show import show_check
         from finetune.recipe import load_recipe
 
-        report = look(load_recipe(recipe, overrides or ()), gpu=gpu, price=price)
+        found = load_recipe(recipe, overrides or ())
+        # The first check on a machine times its processor, which takes longer than all the rest.
+        with Console(stderr=True).status("looking at data, base and machine"):
+            report = look(found, gpu=gpu, price=price)
         if not as_json:
             show_check(report, Console())
         if report.problem:

@@ -55,8 +55,12 @@ def show_prediction(found: Prediction, console: Console) -> None:
         f"{speed.tokens:,} tokens; limited by {speed.limit} ({most}: {share:.0%})"
     )
     if found.seconds is not None:
-        cost = "" if found.cost is None else f", costing {found.cost:,.2f} at {found.price:g} an hour"
+        cost = "" if found.cost is None else f", costing {_said_cost(found.cost)} at {found.price:g} an hour"
         console.print(f"training: {found.steps:,} steps in {said_seconds(found.seconds)}{cost}")
+
+
+def _said_cost(cost: float) -> str:
+    return f"{cost:,.2f}" if cost >= 0.01 or not cost else "less than 0.01"
 
 
 _MEMORY_PARTS = {

@@ -8,6 +8,7 @@ Squares Problems": the non-negative kind). The output head is done likewise.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,12 +27,12 @@ from finetune.predict.workload import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 # Rounds at most, and seconds after which none is begun.
-ROUNDS, PATIENCE = 3, 4.0
+ROUNDS, PATIENCE = 3, 5.0
 # Layers and how many of them are full, hidden (and intermediate) size, experts, experts a token, query heads,
 # tokens, tokens of a document, rank: corners of what models and recipes ask for, in hundredths of a second.
 LAYERS = (
-    (2, 1, 1024, 8, 4, 16, 256, 256, 8),
-    (1, 0, 1024, 8, 2, 16, 128, 128, 8),
+    (2, 1, 1024, 32, 4, 16, 256, 256, 8),
+    (1, 0, 1024, 8, 4, 16, 512, 256, 8),
     (1, 1, 1024, 4, 2, 16, 256, 256, 8),
     (1, 0, 1024, 2, 2, 16, 384, 128, 64),
     (1, 0, 512, 8, 4, 8, 512, 512, 16),
@@ -43,7 +44,7 @@ LAYERS = (
     (3, 0, 64, 8, 2, 2, 128, 128, 8),
     (1, 1, 256, 4, 1, 16, 1024, 1024, 8),
     (1, 0, 2880, 1, 1, 64, 64, 64, 8),
-    (1, 0, 2880, 1, 1, 64, 192, 128, 8),
+    (1, 0, 2880, 2, 2, 64, 256, 256, 8),
 )
 # Hidden size, vocabulary, tokens.
 HEADS = ((64, 8192, 256), (256, 4096, 512), (1024, 4096, 256), (2048, 4096, 128), (1024, 8192, 64))
@@ -65,8 +66,8 @@ def prices() -> dict[str, dict[str, float]]:
 
 
 def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Of each the best of some rounds, in which the others push it out of the caches, as the other layers of
-    a model do. The first round warms up; on a busy machine there are fewer."""
+    """Of each the median of some rounds, in which the others push it out of the caches, as the other layers
+    of a model do. The first round warms up; on a busy machine there are fewer."""
     rounds: list[list[float]] = []
     began = time.perf_counter()
     while len(rounds) < 2 or (len(rounds) <= ROUNDS and time.perf_counter() - began < PATIENCE):
@@ -75,7 +76,7 @@ def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:
             before = time.perf_counter()
             work()
             rounds[-1].append(time.perf_counter() - before)
-    return [min(tries) for tries in zip(*rounds[1:], strict=True)]
+    return [statistics.median(tries) for tries in zip(*rounds[1:], strict=True)]
 
 
 def fit(units: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.predict.advice import Change, smallest_change
-from finetune.predict.here import memory_here, this_machine
+from finetune.predict.here import free_host_memory, memory_here, this_machine
 from finetune.predict.machines import Machine, gpu
 from finetune.predict.memory import Memory, host_bytes, predict_memory
 from finetune.predict.sample import Lengths, Sample
@@ -105,8 +105,13 @@ def workload(recipe: Recipe, sample: Sample | None) -> Workload:
 
 def require_memory(recipe: Recipe, shape: Shape, sample: Sample | None) -> None:
     """Raise FinetuneError where the memory that is free here is less than training takes at its peak."""
-    machine = memory_here()
-    need = predict_memory(shape, workload(recipe, sample), machine).total
+    machine, work = memory_here(), workload(recipe, sample)
+    if machine.kind == "cuda" and host_bytes(shape, work) > free_host_memory():
+        raise FinetuneError(
+            f"training keeps {host_bytes(shape, work) / 1e9:.1f} GB in the host's memory, which has "
+            f"{free_host_memory() / 1e9:.1f} GB free; train.force_memory=true tries it all the same"
+        )
+    need = predict_memory(shape, work, machine).total
     if need <= machine.memory:
         return
     change = smallest_change(recipe, lambda other: _need(other, shape, machine, sample), machine.memory)

@@ -36,7 +36,7 @@ def memory_here() -> Machine:
     """The machine at hand as far as its memory goes: what is free on the first GPU, or for this process."""
     device = first_gpu()
     if device is None:
-        return _machine("this machine", "cpu", _free_memory(), CPU_LIBRARIES, CPU_SLACK)
+        return _machine("this machine", "cpu", free_host_memory(), CPU_LIBRARIES, CPU_SLACK)
     # What the driver calls free is before our own context.
     return _machine(device["name"], "cuda", device["free"], CUDA_CONTEXT, CUDA_SLACK)
 
@@ -79,7 +79,7 @@ def first_gpu() -> dict[str, Any] | None:
         return None
 
 
-def _free_memory() -> float:
+def free_host_memory() -> float:
     """What programs may still take, without what a container's limit forbids."""
     free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with suppress(OSError, StopIteration, ValueError):
@@ -95,7 +95,7 @@ def _processor(rates: dict[str, Any]) -> Machine:
     return Machine(
         name=f"{rates['processor']}, {rates['threads']} threads",
         kind="cpu",
-        memory=_free_memory(),
+        memory=free_host_memory(),
         matrix=rates["matrix"],
         bandwidth=rates["bandwidth"],
         libraries=CPU_LIBRARIES,

@@ -40,8 +40,9 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 HEAD_TILES = 7.25
 # Blocks from this size on, malloc maps by themselves.
 MAPPED = 32 << 20
-# Programs and packed operands that oneDNN keeps for products in bf16.
-ONEDNN = 0.05e9
+# oneDNN keeps a program of 0.6 MiB for each product and number of rows it meets, 1,024 of them at most: bytes
+# for each row of a pass, fitted to tests/measure/prediction.py, and all.
+ONEDNN_ROW, ONEDNN_ALL = 33e3, 1024 * 0.6 * 2**20
 # Queries of one block of attention on a CPU, and bytes of each of the two buffers for its scores, unless one
 # key head's block is larger (finetune/model/attention.py).
 ATTENTION_QUERIES, ATTENTION_BUFFER = 128, 8 << 20
@@ -100,7 +101,7 @@ def predict_memory(shape: Shape, work: Workload, machine: Machine) -> Memory:
         "dense": _dense(shape, work, on_cpu),
         "adapter": 4.0 * trained,
         "optimizer": MOMENTS[work.optimizer] * trained,
-        "libraries": machine.libraries + (ONEDNN if on_cpu and work.bytes == 2 else 0.0),
+        "libraries": machine.libraries + (_onednn(shape, work) if on_cpu else 0.0),
     }
     allocator = machine.slack * (activations + logits)
     if on_cpu:
@@ -172,6 +173,10 @@ def _cpu_scratch(shape: Shape, work: Workload) -> float:
     rows = _rows_of_a_group(shape, work, experts)
     row = (2 * b + 4) * shape.hidden + (2 * b + 36) * shape.intermediate + 4 * _padded(work) * b
     return experts * decoded * b + float(rows) * row
+
+
+def _onednn(shape: Shape, work: Workload) -> float:
+    return min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
 
 
 def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:

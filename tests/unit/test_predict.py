@@ -14,7 +14,16 @@ from transformers import GptOssForCausalLM
 
 from finetune.errors import FinetuneError
 from finetune.model import add_lora, inspect_checkpoint, load_base
-from finetune.predict import RELEASED, Shape, Workload, gpu, predict, predict_memory, predict_speed
+from finetune.predict import (
+    RELEASED,
+    Shape,
+    Workload,
+    gpu,
+    predict,
+    predict_memory,
+    predict_speed,
+    require_memory,
+)
 from finetune.predict.advice import smallest_change
 from finetune.predict.machines import found_gpu
 from finetune.predict.speed import useful_flops
@@ -145,6 +154,15 @@ def test_advice_makes_it_fit_and_less_would_not(name: str) -> None:
     advised = Recipe.model_validate(data)
     assert need(advised) == pytest.approx(change.bytes)
     assert (need(advised) <= machine.memory) == change.enough
+
+
+def test_a_run_whose_host_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.predict.memory_here", lambda: gpu("h200"))
+    monkeypatch.setattr("finetune.predict.free_host_memory", lambda: 5e9)
+    require_memory(RECIPE, SMALL, None)
+    on_host = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"experts_on": "host"})})
+    with pytest.raises(FinetuneError, match=r"keeps 10\.\d GB in the host's memory, which has 5\.0 GB free"):
+        require_memory(on_host, SMALL, None)
 
 
 def test_nothing_is_advised_where_it_fits() -> None:
