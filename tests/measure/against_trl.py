@@ -14,7 +14,7 @@ import argparse
 import json
 from typing import Any
 
-from tests.measure.conditions import record
+from tests.measure.conditions import REFERENCE, record
 from tests.measure.random_size import config_of, measure, recipe_of
 
 RANK = 8
@@ -27,16 +27,16 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
     options = parser.parse_args()
-    sizes = " ".join(map(str, options.tokens))
-    command = f"python -m tests.measure.against_trl --tokens {sizes} --steps {options.steps}"
-    figures: dict[str, Any] = {}
+    # Sizes that are not measured keep their figures.
+    kept = REFERENCE / "against_trl.json"
+    figures: dict[str, Any] = json.loads(kept.read_text())["figures"] if options.record else {}
     for tokens in options.tokens:
         for dtype in options.dtypes:
             found = measure(recipe_of(tokens, RANK, dtype), config_of(), steps=options.steps, against=["trl"])
             figures.setdefault(f"{tokens} tokens", {})[dtype] = found
             print(json.dumps({f"{tokens} tokens, {dtype}": found["natural"]["against"]}), flush=True)
             if options.record:
-                record("against_trl", command, figures)
+                record("against_trl", "python -m tests.measure.against_trl --record", figures)
 
 
 if __name__ == "__main__":
