@@ -40,9 +40,9 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 HEAD_TILES = 7.25
 # Blocks from this size on, malloc maps by themselves.
 MAPPED = 32 << 20
-# oneDNN keeps a program of 0.6 MiB for each product and number of rows it meets, 1,024 of them at most: bytes
-# for each row of a pass, fitted to tests/measure/prediction.py, and all.
-ONEDNN_ROW, ONEDNN_ALL = 33e3, 1024 * 0.6 * 2**20
+# oneDNN keeps a program of 0.6 MiB for each product and number of rows it meets: bytes for a row of a pass,
+# until there are hardly any new ones (both fitted to tests/measure/prediction.py).
+ONEDNN_ROW, ONEDNN_ALL = 33e3, 0.28e9
 # Queries of one block of attention on a CPU, and bytes of each of the two buffers for its scores, unless one
 # key head's block is larger (finetune/model/attention.py).
 ATTENTION_QUERIES, ATTENTION_BUFFER = 128, 8 << 20

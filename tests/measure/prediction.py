@@ -1,6 +1,6 @@
 """What `finetune check` predicts against what training takes on this machine's CPU: memory and speed.
 
-    python -m tests.measure.prediction [--only WORD] [--steps 5] [--again] [--record]
+    python -m tests.measure.prediction [--only WORD ...] [--steps 5] [--again] [--record]
 
 Random weights of several sizes, contexts, ranks and dtypes. Memory is what a process peaks at, with and
 without what it holds after its imports; speed is that of the median step. runs/reference/prediction.json
@@ -97,7 +97,9 @@ def worst(table: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", default="", metavar="WORD", help="points with this in their name")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="points with one of them in their name"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="measure nothing, predict anew")
     parser.add_argument("--record", action="store_true", help="keep the table under runs/reference/")
@@ -109,7 +111,7 @@ def main() -> None:
         machine = this_machine()
         for name, recipe, config in points():
             measured = table.get(name, {}).get("measured")
-            if options.only in name and not options.again:
+            if not options.again and any(word in name for word in options.only):
                 measured = measured_point(recipe, config, options.steps)
             if measured:
                 table[name] = compare(recipe, config, measured, machine)
