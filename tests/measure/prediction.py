@@ -4,8 +4,8 @@
 
 Random weights of several sizes, contexts, ranks and dtypes. Memory is what a process peaks at, with and
 without what it holds after its imports; speed is that of the median step. runs/reference/prediction.json
-keeps the measurements: --only makes some of them anew, --again none. All are predicted again from the
-machine's rates, which are measured at the beginning.
+keeps the measurements: --only makes some of them anew, and all are predicted again from the machine's rates,
+which are measured at the beginning. --again measures neither: predictions follow a change of their formulas.
 """
 
 from __future__ import annotations
@@ -105,10 +105,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the table under runs/reference/")
     options = parser.parse_args()
     file = REFERENCE / "prediction.json"
-    table: dict[str, Any] = json.loads(file.read_text())["figures"]["table"] if file.is_file() else {}
+    known: dict[str, Any] = json.loads(file.read_text())["figures"] if file.is_file() else {}
+    table: dict[str, Any] = known.get("table", {})
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FINETUNE_CACHE"] = folder  # so that the rates are those of now
-        machine = this_machine()
+        machine = Machine(**known["machine"]) if options.again else this_machine()
         for name, recipe, config in points():
             measured = table.get(name, {}).get("measured")
             if not options.again and any(word in name for word in options.only):
