@@ -67,8 +67,8 @@ def plot(figures: dict[str, Any], file: Path) -> None:
             figures["predicted"][key], color="#d1495b", linestyle="--", label="predicted for finetune"
         )
         axes.set_ylabel(unit)
-        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     page.suptitle(
         f"{figures['tokens']:,} tokens a step in documents of {figures['document']:,}, {figures['dtype']}, "
         f"rank {figures['rank']}"
