@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.export.products import return_freed_memory
 from finetune.export.requantise import pack, requantise
 from finetune.export.ridge import Ridge
+from finetune.model.cpu_settings import return_freed_memory
 from finetune.model.expert_layer import Factors, clamped_swiglu
 from finetune.model.experts import PackedExperts
 from finetune.model.layout import BLOCK

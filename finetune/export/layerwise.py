@@ -17,9 +17,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
-from finetune.export.products import return_freed_memory
 from finetune.export.tensors import DTYPES, Checkpoint
 from finetune.model.attention import Packing
+from finetune.model.cpu_settings import return_freed_memory
 from finetune.model.expert_layer import Factors
 from finetune.model.experts import PackedExperts, Scratch
 from finetune.model.loading import read_model_config

@@ -23,13 +23,13 @@ from finetune.export.fitting import Change, fit_layer
 from finetune.export.layerwise import Layer, Network
 from finetune.export.merge import DENSE, Deltas
 from finetune.export.passages import Passages
-from finetune.export.products import quick_products
 from finetune.export.progress import Progress, digest_of
 from finetune.export.retention import measure
 from finetune.export.streams import Walk
 from finetune.export.subject import Subject
 from finetune.export.tensors import as_bytes
 from finetune.model.checkpoint import INDEX_FILE
+from finetune.model.cpu_settings import fast_float32
 from finetune.model.expert_layer import Factors
 
 # Multiplications that one sweep of all weights may take for each of up to MOST_SWEEPS. gpt-oss-20b is left
@@ -58,7 +58,7 @@ def write_mxfp4(
     _copy_weights(network, folder)
     digest = digest_of([passages.calibration, passages.held_out] if passages else [])
     progress = Progress(folder, digest)
-    with torch.inference_mode(), quick_products():
+    with torch.inference_mode(), fast_float32():
         merge = _Merge(network, Deltas(tuned.adapter, network.config.num_local_experts), folder, progress)
         kept = merge.by_rounding() if passages is None else merge.by_fitting(passages)
     progress.remove()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,3 +60,9 @@ def fast_float32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def return_freed_memory() -> None:
+    """Give the system what tensors have left; glibc keeps pieces of up to 32 MB, and ever more of them."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
