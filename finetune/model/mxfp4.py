@@ -73,7 +73,13 @@ def dequantise_mxfp4(
     if dtype == torch.float16:  # which holds few of the scales, but may hold their products
         return out.copy_(dequantise_mxfp4(blocks, scales, torch.float32))
     if blocks.device.type == "cpu" and (decode := native_decoder(dtype)):
-        decode(blocks.contiguous(), scales.contiguous(), _values_of_scales(dtype), out)
+        # The view refuses an `out` of another size or layout, into which the library would write blindly.
+        decode(
+            blocks.contiguous(),
+            scales.contiguous(),
+            _values_of_scales(dtype),
+            out.view(scales.numel(), BLOCK),
+        )
         return out
     table = _value_table(dtype, blocks.device)
     scale_of = _scale_table(dtype, blocks.device)

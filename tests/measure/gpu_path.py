@@ -8,9 +8,7 @@ the gradients of both, and their largest relative difference.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from finetune.model import experts
 from finetune.train.__main__ import main as train
 from tests.gpu.models import take_the_gpu_path
-from tests.measure.conditions import record
+from tests.measure.conditions import print_or_record
 from tests.train_helpers import read_metrics, write_project
 
 STEPS = 20
@@ -48,15 +46,5 @@ def measure() -> dict[str, Any]:
     return {"cpu": of_cpus, "gpu": of_gpus, "largest_relative_difference": differences}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
-    options = parser.parse_args()
-    figures = measure()
-    print(json.dumps(figures, indent=2))
-    if options.record:
-        record("gpu_path", "python -m tests.measure.gpu_path", figures)
-
-
 if __name__ == "__main__":
-    main()
+    print_or_record("gpu_path", "python -m tests.measure.gpu_path", measure)

@@ -8,8 +8,6 @@ sheet promises; and the sums behind the choices that docs/gpu.md explains.
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +15,7 @@ from finetune.bench.random_weights import release_config
 from finetune.predict import Machine, Shape, Workload, gpu, predict_memory, predict_speed
 from tests.gpu.models import SIZES
 from tests.gpu.table import GB, ROWS, K, Row
-from tests.measure.conditions import record
+from tests.measure.conditions import print_or_record
 
 # GB/s and TFLOP/s seen on an H200: streaming copies, grouped products (pytorch issue 163425).
 BANDWIDTH, PRODUCTS = 4.3e12, 600e12
@@ -102,15 +100,5 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
-    options = parser.parse_args()
-    figures = measure()
-    print(json.dumps(figures, indent=2))
-    if options.record:
-        record("gpu_predicted", "python -m tests.measure.gpu_predictions", figures)
-
-
 if __name__ == "__main__":
-    main()
+    print_or_record("gpu_predicted", "python -m tests.measure.gpu_predictions", measure)

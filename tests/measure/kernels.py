@@ -8,7 +8,6 @@ each target; `wide_accesses` of all `accesses` to the GPU's memory move 16 bytes
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import sys
 from typing import Any
 
 from tests.kernel_kit import TARGETS, compile_ahead, launches
-from tests.measure.conditions import record
+from tests.measure.conditions import print_or_record
 
 
 def measure() -> dict[str, Any]:
@@ -35,15 +34,5 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--record", action="store_true", help="keep the figures under runs/reference/")
-    options = parser.parse_args()
-    figures = measure()
-    print(json.dumps(figures, indent=2))
-    if options.record:
-        record("kernels", "python -m tests.measure.kernels", figures)
-
-
 if __name__ == "__main__":
-    main()
+    print_or_record("kernels", "python -m tests.measure.kernels", measure)

@@ -94,6 +94,12 @@ def test_decoding_into_a_given_tensor_fills_that_tensor_and_nothing_else(dtype: 
     assert (buffer[0] == 7).all() and (buffer[4] == 7).all()
 
 
+@pytest.mark.parametrize("out", [torch.zeros(2, 64), torch.zeros(64, 3).T], ids=["small", "transposed"])
+def test_a_given_tensor_of_another_size_or_layout_is_refused(out: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        dequantise_mxfp4(*random_blocks(3, 2), torch.float32, out=out)
+
+
 def test_a_slice_of_experts_decodes_as_in_the_whole() -> None:
     blocks, scales = random_blocks(6, 4, 3)
     whole = dequantise_mxfp4(blocks, scales, torch.float32)
