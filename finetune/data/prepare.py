@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -90,8 +91,9 @@ def _nothing_left(sources: list[Source], counts: Counts, spec: DataSpec) -> Fine
     )
 
 
-def _made(place: Path, name: str, chunks: Iterator[Chunk]) -> cache.Stored:
-    with cache.new_entry(place, name) as folder:
+def _made(place: Path, name: str, chunks: Generator[Chunk, None, None]) -> cache.Stored:
+    # Left to its exception's traceback, the generator would end its threads when Python no longer can.
+    with cache.new_entry(place, name) as folder, closing(chunks):
         cache.write(folder, chunks)
     stored = cache.read(place / name)
     if stored is None:
@@ -103,7 +105,7 @@ def _made(place: Path, name: str, chunks: Iterator[Chunk]) -> cache.Stored:
 
 def _chunks(
     sources: list[Source], spec: DataSpec, encoder: HarmonyEncoder, progress: Progress | None
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     work = (batches(read_rows(source, streaming=spec.streaming), source) for source in sources)
     rows = tokens = 0
     for chunk in tokenise_all(itertools.chain.from_iterable(work), spec, encoder):
