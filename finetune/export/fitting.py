@@ -7,7 +7,8 @@ of all that rounding put off before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from finetune.export.calibrate import Rows, fit
 from finetune.export.layerwise import Layer, Network
 from finetune.export.refit import refit_attention
+from finetune.export.shortfall import Shortfall
 from finetune.export.streams import Streams, Walk
 from finetune.model.expert_layer import Factors
 
@@ -27,8 +29,12 @@ POWER_OF_CHANGE = 0.2
 # Of the changes relative to their mean; beyond these, single tokens would decide.
 LEAST_CHANGE, MOST_CHANGE = 1e-3, 1e2
 # Where a change is small rounding falls back on the base's own values, so an export has learned a little less
-# all over. The last layer is fitted so often, each time aiming further by the share that was missing.
-ROUNDS = 4
+# all over. The last layer is fitted up to so often, each time aiming further beyond the tuned model, as long
+# as more than a thousandth is missing.
+ROUNDS, ENOUGH = 4, 1e-3
+# On nano a quarter to a half of what is aimed further arrives; less would be chance. And an aim beyond the
+# bound would mean that the export cannot be had.
+LEAST_RESPONSE, LARGEST_EXCESS = 0.25, 0.3
 
 
 class FittedLayer(NamedTuple):
@@ -40,7 +46,10 @@ class FittedLayer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """An adapter's change of a layer: merged dense weights by name, float32, and the experts' factors."""
+    """An adapter's change of a layer: merged dense weights by name, float32, and the experts' factors.
+
+    `exact` is emptied when it has been used.
+    """
 
     exact: dict[str, Tensor]
     factors: dict[str, Factors]
@@ -60,24 +69,16 @@ def fit_layer(network: Network, number: int, change: Change, walk: Walk, *, swee
     weight = _token_weights(calibration)
     tuned = torch.cat(attended)
     dtype = network.dense_dtype
-    dense = {name: merged.to(dtype).float() for name, merged in change.exact.items()}
-    refitted, export = refit_attention(layer, change.exact, before, tuned, weight, dtype)
-    dense |= refitted
-    del before, attended  # 0.4 GB of gpt-oss-20b's streams, of no more use
+    dense, export = refit_attention(layer, change.exact, before, tuned, weight, dtype)
+    dense |= {name: exact.to(dtype).float() for name, exact in change.exact.items() if name not in dense}
+    past_attention = torch.cat(export)
+    change.exact.clear()  # with the streams 0.5 GB of gpt-oss-20b, of no more use
+    del before, attended, export
     layer.replace(dense)
     network.release_scratch()
+    experts = _Experts(layer, change.factors, calibration, tuned, past_attention, weight, sweeps)
     last = number == network.config.num_hidden_layers - 1
-    excess, changed = 0.0, 0
-    for round_number in range(ROUNDS if last and change.factors else 1):
-        if round_number:
-            network.restore_experts(layer, number)
-        past_attention = torch.cat(export)
-        missing = tuned - past_attention
-        if excess:
-            missing += excess * (calibration.all("tuned") - calibration.all("base"))
-        changed = _fit_experts(layer, change.factors, tuned, past_attention, missing, weight, sweeps)
-        calibration.finish(layer, "export", export, {})
-        excess += 1 - _share_of_change(calibration, weight)
+    changed = _fit_last(network, number, experts) if last and change.factors else experts.fit()
     walk.held_out.step(layer, "export", {})
     return FittedLayer(layer, dense, changed)
 
@@ -90,27 +91,67 @@ def _token_weights(streams: Streams) -> Tensor:
     return torch.where(learned, 1.0, WEIGHT_NOT_LEARNED) * relative**POWER_OF_CHANGE
 
 
-def _share_of_change(streams: Streams, weight: Tensor) -> float:
-    """How much of the tuned model's change the export makes: the slope of one's change on the other's."""
-    base = streams.all("base")
-    wanted, made = streams.all("tuned") - base, streams.all("export") - base
-    return float((weight @ (wanted * made)).sum() / (weight @ wanted.square()).sum().clamp(min=1e-30))
+@dataclass(frozen=True)
+class _Experts:
+    """A layer's experts and what they are fitted by; tuned model and export past attention are `[T, H]`."""
+
+    layer: Layer
+    factors: Mapping[str, Factors]
+    streams: Streams
+    tuned: Tensor
+    export: Tensor
+    weight: Tensor  # [T]: how much an error counts
+    sweeps: int
+
+    def fit(self, excess: float = 0.0) -> int:
+        """Fit them, and have the export's streams pass the layer; returns how many packed values changed.
+
+        `excess` is the share of the tuned model's change by which to aim beyond it.
+        """
+        layer, streams, changed = self.layer, self.streams, 0
+        if self.factors:
+            indices, scores = layer.route(layer.normed(self.export))
+            beyond = excess * (streams.all("tuned") - streams.all("base")) if excess else None
+
+            def routed(expert: int) -> Rows:
+                token, place = torch.where(indices == expert)
+                # The layer's output is off by score times the expert's error.
+                counts = self.weight[token] * scores[token, place].square()
+                share = counts / counts.sum().clamp(min=1e-30)
+                tuned, export = self.tuned[token], self.export[token]
+                missing = tuned - export
+                if beyond is not None:
+                    missing += beyond[token]
+                return Rows(layer.normed(tuned), layer.normed(export), missing, share)
+
+            changed = fit(layer.experts, self.factors, routed, sweeps=self.sweeps)
+        lengths = [len(passage.ids) for passage in streams.passages]
+        streams.finish(layer, "export", self.export.split(lengths), {})
+        return changed
 
 
-def _fit_experts(
-    layer: Layer, factors: Mapping[str, Factors], tuned: Tensor, export: Tensor,
-    missing: Tensor, weight: Tensor, sweeps: int,
-) -> int:  # fmt: skip
-    """Fit the layer's experts to streams past attention, `[T, H]`; returns how many packed values changed."""
-    if not factors:
-        return 0
-    indices, scores = layer.route(layer.normed(export))
+def _fit_last(network: Network, number: int, experts: _Experts) -> int:
+    """Fit the last layer's experts until little of what was learned is missing; else as `_Experts.fit`."""
+    shortfall = Shortfall(network, experts.streams, experts.weight)
+    changed, excess = experts.fit(), 0.0
+    tried = [(excess, shortfall.missing())]
+    while len(tried) < ROUNDS and abs(tried[-1][1]) > ENOUGH:
+        before, excess = excess, next_excess(tried)
+        if excess == before:
+            break
+        network.restore_experts(experts.layer, number)
+        changed = experts.fit(excess)
+        tried.append((excess, shortfall.missing()))
+    return changed
 
-    def routed(expert: int) -> Rows:
-        token, place = torch.where(indices == expert)
-        # The layer's output is off by score times the expert's error.
-        counts = weight[token] * scores[token, place].square()
-        share = counts / counts.sum().clamp(min=1e-30)
-        return Rows(layer.normed(tuned[token]), layer.normed(export[token]), missing[token], share)
 
-    return fit(layer.experts, factors, routed, sweeps=sweeps)
+def next_excess(tried: Sequence[tuple[float, float]]) -> float:
+    """The excess at which nothing should be missing, by `tried`: pairs of an excess and what was missing."""
+    excess, missing = tried[-1]
+    response = 1.0
+    if len(tried) > 1:
+        before, missing_before = tried[-2]
+        if excess != before:
+            response = (missing_before - missing) / (excess - before)
+    wanted = excess + missing / min(max(response, LEAST_RESPONSE), 1.0)
+    return min(max(wanted, 0.0), LARGEST_EXCESS)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from finetune.export import fitting
-from finetune.export.fitting import Change, fit_layer
+from finetune.export.fitting import Change, fit_layer, next_excess
 from finetune.export.layerwise import Network, Passage
 from finetune.export.passages import Passages
 from finetune.export.refit import INWARD, OUTWARD, refit_attention
-from finetune.export.streams import Streams, Walk
+from finetune.export.shortfall import token_losses
+from finetune.export.streams import VERSIONS, Streams, Version, Walk
 from finetune.model.expert_layer import Factors
 from tests.checkpoints import write_random_checkpoint
 
@@ -109,6 +110,55 @@ def test_rounds_at_the_last_layer_make_up_for_what_rounding_swallows(
         fit_layer(network, 0, Change({}, small_factors()), walk, sweeps=8)
         shares.append(abs(1 - share_learned(walk.calibration)))
     assert shares[1] < 0.8 * shares[0]
+
+
+def loss(network: Network, streams: Streams, version: Version) -> float:
+    targets, learned = targets_of(streams), streams.learned()
+    return float(token_losses(network, streams.all(version)[learned], targets[learned]).mean())
+
+
+def targets_of(streams: Streams) -> Tensor:
+    return torch.cat([passage.targets for passage in streams.passages])
+
+
+def share_of_gain_missing(network: Network, streams: Streams) -> float:
+    base, tuned, export = (loss(network, streams, version) for version in VERSIONS)
+    return (export - tuned) / (base - tuned)
+
+
+def learned_words(network: Network) -> list[Passage]:
+    """Passages whose targets are what the tuned model says where the base says something else."""
+    walk, layer = walk_of(network), network.layer(0)
+    streams, head = walk.calibration, torch.cat(list(network.head()))
+    streams.step(layer, "base", {})
+    streams.step(layer, "tuned", small_factors())
+    passages = []
+    for passage, base, tuned in zip(streams.passages, streams.at["base"], streams.at["tuned"], strict=True):
+        said = [(network.final_norm(state) @ head.mT).argmax(1) for state in (base, tuned)]
+        targets = torch.where(said[0] == said[1], -100, said[1])
+        passages.append(Passage(passage.ids, targets, passage.positions))
+    return passages
+
+
+@torch.inference_mode()
+def test_rounds_at_the_last_layer_make_up_for_the_gain_that_rounding_swallows(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned, missing = learned_words(network), []
+    for rounds in (1, fitting.ROUNDS):
+        monkeypatch.setattr(fitting, "ROUNDS", rounds)
+        walk = Walk.begin(network, Passages(learned, [passage(2)], "words that the tuned model says"))
+        fit_layer(network, 0, Change({}, small_factors()), walk, sweeps=8)
+        missing.append(abs(share_of_gain_missing(network, walk.calibration)))
+    assert missing[1] < 0.5 * missing[0]
+
+
+def test_an_aim_goes_further_by_what_arrived_of_the_last_one() -> None:
+    assert next_excess([(0.0, 0.02)]) == 0.02
+    assert next_excess([(0.0, 0.02), (0.02, 0.01)]) == pytest.approx(0.04)
+    assert next_excess([(0.0, 0.02), (0.02, 0.02)]) == pytest.approx(0.02 + 0.02 / fitting.LEAST_RESPONSE)
+    assert next_excess([(0.0, -0.1)]) == 0.0
+    assert next_excess([(0.0, 0.9)]) == fitting.LARGEST_EXCESS
 
 
 @torch.inference_mode()
