@@ -1,9 +1,8 @@
 """Small models of several sizes, timed forward and backward: what each unit of a training step costs here.
 
 A probe is a decoder layer or some of this code, with an adapter, recomputation and random weights. Its units
-(finetune/predict/units.py) are counted and its seconds measured; prices that are nowhere negative and explain
-all probes best, each by its own time, are fitted by least squares (Lawson and Hanson 1974, "Solving Least
-Squares Problems": the non-negative kind). The output head is done likewise.
+(finetune/predict/units.py) are counted and its seconds measured; prices that explain all probes are fitted
+(finetune/bench/pricing.py). The output head is done likewise.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig
 
+from finetune.bench.pricing import fit_prices
 from finetune.bench.random_weights import random_tensors, release_config
 from finetune.model.cpu_settings import HEAD_TOKENS, HEAD_VOCABULARY, multiply_float32_fast
 from finetune.model.loading import adapt_config, assemble
@@ -29,7 +29,8 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 # Rounds at most, and seconds after which none is begun.
 ROUNDS, PATIENCE = 3, 5.0
 # Layers and how many of them are full, hidden (and intermediate) size, experts, experts a token, query heads,
-# tokens, tokens of a document, rank: corners of what models and recipes ask for, in hundredths of a second.
+# tokens, tokens of a document, rank: corners of what models and recipes ask for, in hundredths of a second;
+# with many tokens, as what is at work then leaves the caches.
 LAYERS = (
     (2, 1, 1024, 32, 4, 16, 256, 256, 8),
     (1, 0, 1024, 8, 4, 16, 512, 256, 8),
@@ -45,9 +46,17 @@ LAYERS = (
     (1, 1, 256, 4, 1, 16, 1024, 1024, 8),
     (1, 0, 2880, 1, 1, 64, 64, 64, 8),
     (1, 0, 2880, 2, 2, 64, 256, 256, 8),
+    (1, 0, 1024, 4, 2, 16, 2048, 512, 8),
+    (1, 1, 512, 8, 2, 8, 2048, 1024, 8),
 )
 # Hidden size, vocabulary, tokens.
-HEADS = ((64, 8192, 256), (256, 4096, 512), (1024, 4096, 256), (2048, 4096, 128), (1024, 8192, 64))
+HEADS = (
+    (64, 8192, 256), (256, 4096, 512), (1024, 4096, 256), (2048, 4096, 128), (1024, 8192, 64),
+    (512, 32768, 256), (2880, 16384, 128),
+)  # fmt: skip
+
+# What TRL's SFT asks of its head: the loss, and what it logs.
+OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 
 def prices() -> dict[str, dict[str, float]]:
@@ -59,8 +68,8 @@ def prices() -> dict[str, dict[str, float]]:
         layers, heads = [_layer(probe, dense) for probe in LAYERS], [_head(probe, dense) for probe in HEADS]
         seconds = _seconds([work for _, work in layers + heads])
         units = [each for each, _ in layers + heads]
-        found[dense] = fit(units[: len(layers)], seconds[: len(layers)]) | fit(
-            units[len(layers) :], seconds[len(layers) :]
+        found[dense] = fit_prices(units[: len(layers)], seconds[: len(layers)], dense) | fit_prices(
+            units[len(layers) :], seconds[len(layers) :], dense
         )
     return found
 
@@ -79,38 +88,23 @@ def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:
     return [statistics.median(tries) for tries in zip(*rounds[1:], strict=True)]
 
 
-def fit(units: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, float]:
-    """Seconds of one of each unit, from those of several probes."""
-    names = list(units[0])
-    shares = torch.tensor(
-        [[each[n] / time for n in names] for each, time in zip(units, seconds, strict=False)]
-    )
-    shares = shares.double()
-    scale = shares.amax(0)
-    used = list(range(len(names)))
-    while True:
-        columns = shares[:, used] / scale[used]
-        found = torch.linalg.lstsq(columns, torch.ones(len(shares), 1, dtype=torch.float64)).solution[:, 0]
-        if bool((found >= 0).all()):
-            return dict.fromkeys(names, 0.0) | {
-                names[unit]: float(price / scale[unit]) for unit, price in zip(used, found, strict=True)
-            }
-        del used[int(found.argmin())]
-
-
-def _layer(probe: tuple[int, ...], dense: str) -> tuple[dict[str, float], Callable[[], None]]:
-    """A layer's units, and the layer forward and backward."""
+def sizes_and_work(probe: tuple[int, ...], dense: str) -> tuple[dict[str, Any], Workload]:
+    """The config.json and the pass of one of LAYERS."""
     layers, full, hidden, experts, top_k, heads, tokens, document, rank = probe
     sizes = release_config(
         hidden=hidden, intermediate=hidden, layers=layers, experts=experts, top_k=top_k, heads=heads,
         kv_heads=max(1, heads // 4), head_dim=64, vocab=8, sliding_window=128,
     )  # fmt: skip
     sizes["layer_types"] = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    targets = ["attention", "experts"]
-    work = Workload(tokens, 1, rank, targets, dense, True, "adamw", document)
-    model = _random_model(sizes, DTYPES[dense], rank, targets)
-    x = torch.randn(1, tokens, hidden, dtype=DTYPES[dense], requires_grad=True)
-    positions = (torch.arange(tokens) % document).unsqueeze(0)
+    return sizes, Workload(tokens, 1, rank, ["attention", "experts"], dense, True, "adamw", document)
+
+
+def _layer(probe: tuple[int, ...], dense: str) -> tuple[dict[str, float], Callable[[], None]]:
+    """A layer's units, and the layer forward and backward."""
+    sizes, work = sizes_and_work(probe, dense)
+    model = _random_model(sizes, DTYPES[dense], work)
+    x = torch.randn(1, work.tokens, sizes["hidden_size"], dtype=DTYPES[dense], requires_grad=True)
+    positions = (torch.arange(work.tokens) % work.document).unsqueeze(0)
 
     def forward_and_backward() -> None:
         out = model(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state
@@ -120,12 +114,12 @@ def _layer(probe: tuple[int, ...], dense: str) -> tuple[dict[str, float], Callab
     return layers_units(Shape.of(sizes), work), forward_and_backward
 
 
-def _random_model(sizes: dict[str, Any], dtype: torch.dtype, rank: int, targets: list[str]) -> Any:
+def _random_model(sizes: dict[str, Any], dtype: torch.dtype, work: Workload) -> Any:
     """A model without its head, as training has it."""
     tensors = random_tensors(sizes, torch.Generator().manual_seed(0), packed=True)
     named = {name.removesuffix("_blocks"): _placed(tensor, dtype) for name, tensor in tensors}
     model = assemble(adapt_config(GptOssConfig(**sizes), dtype), named, packed=True)
-    adapted = add_lora(model, rank=rank, alpha=rank, targets=targets)
+    adapted = add_lora(model, rank=work.rank, alpha=work.rank, targets=list(work.targets))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.train()
     return model.model
@@ -142,12 +136,13 @@ def _head(probe: tuple[int, ...], dense: str) -> tuple[dict[str, float], Callabl
     hidden, words, tokens = probe
     chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS
     rows = torch.randn(tokens, hidden, dtype=DTYPES[dense], requires_grad=True)
-    weight = torch.randn(words, hidden, dtype=DTYPES[dense])
+    # Logits as a model has them; of larger ones the exponentials are denormal, which are many times slower.
+    weight = (torch.randn(words, hidden) * hidden**-0.5).to(DTYPES[dense])
     targets = torch.randint(0, words, (tokens,))
 
     def forward_and_backward() -> None:
         scores = chunked_logprob.ChunkedLogProbFunction.apply(
-            rows, weight, None, targets, 1.0, HEAD_VOCABULARY, None, 1.0, ("log_probs",)
+            rows, weight, None, targets, 1.0, HEAD_VOCABULARY, None, 1.0, OUTPUTS
         )
         scores[0].sum().backward()
 

@@ -8,14 +8,14 @@ mends what it can of all that went wrong before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from finetune.export.requantise import pack, requantise
-from finetune.export.ridge import Ridge
+from finetune.export.ridge import OUTPUTS_AT_ONCE, Ridge
 from finetune.model.cpu_settings import return_freed_memory
 from finetune.model.expert_layer import Factors, clamped_swiglu
 from finetune.model.experts import PackedExperts
@@ -98,10 +98,13 @@ class _Part:
     weight: Tensor  # [n]
     missing: Tensor | None  # [n, out]
 
-    def lacking(self) -> Tensor:
-        """What the outputs lack with the wanted weights, `[n, out]`."""
-        lack = (self.tuned - self.export) @ self.wanted.mT
-        return lack if self.missing is None else lack.add_(self.missing)
+    def lacking(self) -> Iterator[Tensor]:
+        """What the outputs lack with the wanted weights, `[n, some of out]` after the other."""
+        apart = self.tuned - self.export
+        for first in range(0, len(self.wanted), OUTPUTS_AT_ONCE):
+            outputs = slice(first, first + OUTPUTS_AT_ONCE)
+            lack = apart @ self.wanted[outputs].mT
+            yield lack if self.missing is None else lack.add_(self.missing[:, outputs])
 
 
 def _fitted(parts: Sequence[_Part], sweeps: int) -> Tensor:
@@ -110,6 +113,7 @@ def _fitted(parts: Sequence[_Part], sweeps: int) -> Tensor:
     # The best unrounded weights: those wanted, and what mends the outputs.
     wanted = [part.wanted.add_(fit.solve(part.lacking())) for part, fit in zip(parts, fits, strict=True)]
     moments, was = [fit.moments for fit in fits], [part.was for part in parts]
+    del fits  # and the inverses in them
     return requantise(_together(wanted), _together(moments), _together(was), sweeps=sweeps)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.export.layerwise import Layer
-from finetune.export.ridge import Ridge
+from finetune.export.ridge import OUTPUTS_AT_ONCE, Ridge
 from finetune.export.streams import Streams
 
 INWARD = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
@@ -53,7 +53,7 @@ def refit_attention(
     heads = together.split([len(state) for state in states])
     if OUTWARD in exact:
         lacking = attended - torch.cat(layer.past_attention(states, heads))
-        change = Ridge(together, share, DAMPING).solve(lacking)
+        change = Ridge(together, share, DAMPING).solve(lacking.split(OUTPUTS_AT_ONCE, dim=1))
         found[OUTWARD] = _rounded(exact[OUTWARD] + change, dtype)
         layer.replace({OUTWARD: found[OUTWARD]})
     return found, layer.past_attention(states, heads)
@@ -63,7 +63,8 @@ def _inward_changes(layer: Layer, weights: Tensor, streams: Streams, share: Tens
     """What `weights [out, H]` have to change by to give the tuned model's outputs for the export's inputs."""
     export = layer.before_attention(streams.all("export"))
     apart = layer.before_attention(streams.all("tuned")).sub_(export)
-    return Ridge(export, share, DAMPING).solve(apart @ weights.mT)
+    lacking = (apart @ some.mT for some in weights.split(OUTPUTS_AT_ONCE))
+    return Ridge(export, share, DAMPING).solve(lacking)
 
 
 def _rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:

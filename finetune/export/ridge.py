@@ -7,6 +7,7 @@ scaled to what best explains rows that it was not fitted to.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 # With so many rows to a column, moments are taken as they are.
 MANY = 4
-# What is treated at once where rows are few; they bound the memory.
+# What is treated at once; they bound the memory.
 OUTPUTS_AT_ONCE, ROWS_AT_ONCE = 1024, 1024
 # Of the share by which moments are drawn to the identity; at 1 nothing of the rows would be left.
 MOST_SHRINKAGE = 0.99
@@ -34,14 +35,14 @@ class Ridge:
         self._added = _damping(self.moments, weight if self._few else None, least)
         self.moments.diagonal().add_(self._added)
 
-    def solve(self, lacking: Tensor) -> Tensor:
-        """The change `[out, in]` of the map that gives `lacking [n, out]`."""
+    def solve(self, lacking: Iterable[Tensor]) -> Tensor:
+        """The change `[out, in]` that gives what is lacking: `[n, m]` of some outputs, then of the next."""
         if not self._few:
-            sums = self._inputs.mT @ (lacking * self._weight)
-            change: Tensor = torch.cholesky_solve(sums, torch.linalg.cholesky(self.moments)).mT
-            return change
+            root = torch.linalg.cholesky(self.moments)
+            sums = (self._inputs.mT @ (some * self._weight) for some in lacking)
+            return torch.cat([torch.cholesky_solve(some, root).mT for some in sums])
         changes, products, squares = [], 0.0, 0.0
-        for some in lacking.split(OUTPUTS_AT_ONCE, dim=1):
+        for some in lacking:
             change, explained = self._fit(some)
             products += float(self._weight.mT @ (explained * some).sum(1, keepdim=True))
             squares += float(self._weight.mT @ explained.square_().sum(1, keepdim=True))

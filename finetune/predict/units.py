@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from finetune.model.cpu_settings import HEAD_TOKENS as CPU_HEAD_TOKENS
+from finetune.model.cpu_settings import HEAD_TOKENS, HEAD_VOCABULARY
 from finetune.predict.memory import ATTENTION_QUERIES, layers_with_attention
 from finetune.predict.shape import Shape
 from finetune.predict.workload import Workload
@@ -30,6 +30,7 @@ PARTS = {
     "passes": "calls",
     "head products": "products",  # FLOPs with the output head
     "head weights": "products",  # read, and brought to float32, for every tile of tokens
+    "head tiles": "calls",  # of tokens by words
     "logits": "logits",
 }
 
@@ -71,10 +72,11 @@ def layers_units(shape: Shape, work: Workload) -> dict[str, float]:
 
 def head_units(tokens: float, hidden: int, words: int) -> dict[str, float]:
     """Of the output head for so many tokens, whose tiles are made again in backward."""
-    logits = tokens * words
+    logits, heights = tokens * words, math.ceil(tokens / HEAD_TOKENS)
     return {
         "head products": 2 * 3 * logits * hidden,
-        "head weights": math.ceil(tokens / CPU_HEAD_TOKENS) * words * hidden,
+        "head weights": heights * words * hidden,
+        "head tiles": heights * math.ceil(words / HEAD_VOCABULARY),
         "logits": logits,
     }
 

@@ -50,9 +50,11 @@ class Watched:
     """What was seen of a command while it ran."""
 
     seconds: float = 0.0
+    now_gb: float = 0.0  # anonymous
     anonymous_gb: float = 0.0
     resident_gb: float = 0.0
     layer_seconds: list[float] = field(default_factory=list)
+    layer_gb: list[float] = field(default_factory=list)  # the most that was anonymous
     stopped_seconds: float = 0.0  # from outside; these count nowhere else
     resumed: int = 0
 
@@ -70,6 +72,7 @@ class Watched:
         layers = [round(one, 1) for one in self.layer_seconds]
         rare = {
             "layer_seconds": layers,
+            "layer_anonymous_gb": [round(one, 2) for one in self.layer_gb],
             "stopped_seconds": round(self.stopped_seconds, 1),
             "resumed": self.resumed,
         }
@@ -125,8 +128,8 @@ def watch(
     process = subprocess.Popen(words)
     while process.poll() is None:
         last = _count(seen, last)
-        anonymous, resident = _memory(process.pid)
-        seen.anonymous_gb = max(seen.anonymous_gb, anonymous)
+        seen.now_gb, resident = _memory(process.pid)
+        seen.anonymous_gb = max(seen.anonymous_gb, seen.now_gb)
         seen.resident_gb = max(seen.resident_gb, resident)
         if stop and stop(seen):
             process.kill()
@@ -198,9 +201,10 @@ def measure_mxfp4(checkpoint: Path, scratch: Path, layers: int | None) -> dict[s
         write_adapter(checkpoint, adapter)
     kept, file = scratch / ".mxfp4.part" / PROGRESS, scratch / "seen.json"
     before = Watched.kept(file)
-    marks = [(time.time(), before.seconds)]
+    marks, most = [(time.time(), before.seconds)], [0.0]
 
     def look(seen: Watched) -> bool:
+        most[-1] = max(most[-1], seen.now_gb)
         try:
             at = kept.stat().st_mtime
         except FileNotFoundError:
@@ -208,6 +212,8 @@ def measure_mxfp4(checkpoint: Path, scratch: Path, layers: int | None) -> dict[s
         if at > marks[-1][0]:
             seen.layer_seconds.append(seen.seconds - marks[-1][1])
             marks.append((at, seen.seconds))
+            seen.layer_gb.append(most[-1])
+            most.append(0.0)
             file.write_text(json.dumps(asdict(seen)), encoding="utf-8")
         return len(seen.layer_seconds) == layers
 

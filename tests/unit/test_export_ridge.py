@@ -33,7 +33,7 @@ def test_many_rows_are_fitted_as_they_are() -> None:
     lacking = torch.randn(len(inputs), OUTPUTS, dtype=torch.float64)
     ridge = Ridge(inputs, weight, LEAST)
     added = LEAST * float((inputs.square() * weight.unsqueeze(1)).sum(0).mean())
-    torch.testing.assert_close(ridge.solve(lacking), ridge_solution(inputs, weight, lacking, added))
+    torch.testing.assert_close(ridge.solve(lacking.split(2, dim=1)), ridge_solution(inputs, weight, lacking, added))
 
 
 @pytest.mark.parametrize("rows", [WIDTH // 2, 2 * WIDTH])
@@ -52,14 +52,14 @@ def test_a_fit_to_few_rows_is_scaled_to_what_explains_rows_that_it_leaves_out(ro
     of_row = weight.unsqueeze(1)
     worth = (of_row * explained * lacking).sum() / (of_row * explained.square()).sum()
     expected = worth * ridge_solution(inputs, weight, lacking, added)
-    torch.testing.assert_close(ridge.solve(lacking), expected)
+    torch.testing.assert_close(ridge.solve(lacking.split(2, dim=1)), expected)
 
 
 @pytest.mark.parametrize("rows", [WIDTH // 2, 2 * WIDTH])
 def test_what_a_few_rows_lack_by_chance_changes_next_to_nothing(rows: int) -> None:
     inputs, weight = inputs_and_weight(rows)
     lacking = torch.randn(rows, 500, dtype=torch.float64)
-    change = Ridge(inputs, weight, LEAST).solve(lacking)
+    change = Ridge(inputs, weight, LEAST).solve([lacking])
     unrestrained = ridge_solution(inputs, weight, lacking, LEAST * float(inputs.square().mean()))
     assert change.norm() < 0.1 * unrestrained.norm()
 
@@ -78,4 +78,4 @@ def test_the_fewer_the_rows_the_more_moments_are_drawn_to_the_identity() -> None
 def test_without_a_row_nothing_is_changed_and_all_inputs_count_alike() -> None:
     ridge = Ridge(torch.empty(0, WIDTH), torch.empty(0), LEAST)
     assert torch.equal(ridge.moments, torch.eye(WIDTH))
-    assert not ridge.solve(torch.empty(0, OUTPUTS)).any()
+    assert not ridge.solve([torch.empty(0, OUTPUTS)]).any()

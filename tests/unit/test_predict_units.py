@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.bench.probes import LAYERS, fit
+from finetune.bench.pricing import TYPICAL, TYPICAL_OF_ANY, fit_prices
+from finetune.bench.probes import LAYERS, sizes_and_work
 from finetune.predict import Machine, Shape, Workload, gpu, predict_memory, predict_speed
 from finetune.predict.units import LIMITS, PARTS, head_units, layers_units, scored_keys
 
@@ -40,18 +41,36 @@ def test_a_step_costs_what_its_units_cost() -> None:
     )
 
 
-@given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3))
-def test_prices_are_found_where_units_explain_all(prices: list[float]) -> None:
-    units = [{"a": 1.0, "b": n, "c": n * n} for n in (1.0, 2.0, 5.0, 9.0)]
-    seconds = [sum(price * count for price, count in zip(prices, u.values(), strict=True)) for u in units]
-    found = fit(units, seconds)
-    assert [found[name] for name in "abc"] == pytest.approx(prices, rel=1e-4)
+def layer_units(probe: tuple[int, ...]) -> dict[str, float]:
+    sizes, work = sizes_and_work(probe, "bf16")
+    return layers_units(Shape.of(sizes), work)
+
+
+def seconds_of(prices: dict[str, float], units: list[dict[str, float]]) -> list[float]:
+    return [sum(price * each[name] for name, price in prices.items()) for each in units]
+
+
+@given(st.lists(st.floats(0.7, 1.4), min_size=12, max_size=12), st.floats(0.05, 20.0))
+def test_prices_explain_probes_of_faster_and_slower_machines(factors: list[float], machine: float) -> None:
+    units = [layer_units(probe) for probe in LAYERS]
+    typical = TYPICAL["bf16"] | TYPICAL_OF_ANY
+    prices = {name: machine * factor * typical[name] for name, factor in zip(units[0], factors, strict=False)}
+    seconds = seconds_of(prices, units)
+    found = fit_prices(units, seconds, "bf16")
+    assert seconds_of(found, units) == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_unit_that_no_probe_tells_apart_keeps_its_typical_price() -> None:
+    typical = TYPICAL["bf16"] | TYPICAL_OF_ANY
+    units = [{"products": n / typical["products"], "passes": 0.0} for n in (1.0, 2.0, 4.0)]
+    found = fit_prices(units, [1.0, 2.0, 4.0], "bf16")
+    assert found == pytest.approx({name: typical[name] for name in units[0]})
 
 
 def test_no_price_is_negative() -> None:
-    units = [{"a": 1.0, "b": n} for n in (1.0, 2.0, 3.0)]
-    found = fit(units, [3.0, 2.0, 1.0])
-    assert found["b"] == 0.0 and found["a"] > 0
+    typical = TYPICAL["bf16"] | TYPICAL_OF_ANY
+    units = [{"products": n / typical["products"], "passes": 1 / typical["passes"]} for n in (1.0, 2.0, 3.0)]
+    assert all(price > 0 for price in fit_prices(units, [3.0, 2.0, 1.0], "bf16").values())
 
 
 def test_there_are_more_probes_than_prices() -> None:
