@@ -40,11 +40,13 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 HEAD_TILES = 7.25
 # Blocks from this size on, malloc maps by themselves.
 MAPPED = 32 << 20
-# oneDNN keeps a program of 0.6 MiB for each product and number of rows it meets: bytes for a row of a pass,
-# until there are hardly any new ones (both fitted to tests/measure/prediction.py).
+# oneDNN keeps a program of 0.6 MiB for each product and size it meets. Of an expert's rows there are ever new
+# numbers: bytes for a row of a pass, until there are hardly any (both fitted to tests/measure/prediction.py).
+# Of keys there are as many as a document has blocks, in six products (finetune/model/attention.py).
 ONEDNN_ROW, ONEDNN_ALL = 33e3, 0.28e9
-# Queries of one block of attention on a CPU, and bytes of each of the two buffers for its scores, unless one
-# key head's block is larger (finetune/model/attention.py).
+ONEDNN_PROGRAM, ONEDNN_PROGRAMS, ATTENTION_PRODUCTS = 0.6 * 2**20, 1024, 6
+# Queries of one block of attention on a CPU, and bytes of a buffer for its scores in float32, unless one key
+# head's block is larger (finetune/model/attention.py).
 ATTENTION_QUERIES, ATTENTION_BUFFER = 128, 8 << 20
 # Bytes a trained weight: float32 itself and its gradient; two moments, in float32 or in bytes with a float32
 # of scale for 256 of them (bitsandbytes).
@@ -176,7 +178,10 @@ def _cpu_scratch(shape: Shape, work: Workload) -> float:
 
 
 def _onednn(shape: Shape, work: Workload) -> float:
-    return min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
+    of_rows = min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
+    blocks = math.ceil(min(work.tokens, work.document) / ATTENTION_QUERIES) if shape.full_layers else 1
+    of_keys = ONEDNN_PROGRAM * ATTENTION_PRODUCTS * blocks
+    return min(of_rows + of_keys, ONEDNN_PROGRAM * ONEDNN_PROGRAMS)
 
 
 def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:
@@ -264,7 +269,9 @@ def _attention_working(shape: Shape, work: Workload, on_cpu: bool) -> float:
     queries = min(t, ATTENTION_QUERIES)
     keys = min(t, work.document) if shape.full_layers else min(t, shape.window + queries)
     block = 4 * shape.heads // shape.kv_heads * queries * keys
-    blocks = 2 * max(ATTENTION_BUFFER, block) if on_cpu else 0.0
+    # Two buffers in float32, and three more where what is multiplied is narrower.
+    buffers = 2 + (3 * b / 4 if b < 4 else 0)
+    blocks = buffers * max(ATTENTION_BUFFER, block) if on_cpu else 0.0
     return again + gradients + blocks + 2 * t * shape.hidden * b
 
 

@@ -3,9 +3,10 @@
     python -m tests.measure.prediction [--only WORD ...] [--steps 5] [--again] [--record]
 
 Random weights of several sizes, contexts, ranks and dtypes. Memory is what a process peaks at, with and
-without what it holds after its imports; speed is that of the median step. runs/reference/prediction.json
-keeps the measurements: --only makes some of them anew, and all are predicted again from the machine's rates,
-which are measured at the beginning. --again measures neither: predictions follow a change of their formulas.
+without what it holds after its imports; speed is that of the median step. A machine's speed can drift by a
+fifth within minutes, so its rates are measured before every second point, as somebody has them who checks and
+then trains. runs/reference/prediction.json keeps the measurements: --only makes some of them anew. --again
+makes none: predictions follow a change of their formulas.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.measure.conditions import REFERENCE, record
 from tests.measure.random_size import config_of, measure, recipe_of
 
 COMMAND = "python -m tests.measure.prediction --record"
+POINTS_A_MACHINE = 2
 KINDS = ("memory_gb", "memory_over_imports_gb", "tokens_per_second")
 
 
@@ -74,7 +76,7 @@ def compare(
         for key, (a, b) in pairs.items()
     }
     parts = {part.name: round(part.seconds, 4) for part in speed.parts}
-    return {**off, "predicted_memory": memory.to_dict(), "predicted_seconds": parts, "measured": measured}
+    return {**off, "predicted_memory": memory.to_dict(), "predicted_seconds": parts}
 
 
 def measured_point(recipe: Recipe, config: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -105,20 +107,22 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the table under runs/reference/")
     options = parser.parse_args()
     file = REFERENCE / "prediction.json"
-    known: dict[str, Any] = json.loads(file.read_text())["figures"] if file.is_file() else {}
-    table: dict[str, Any] = known.get("table", {})
+    table: dict[str, Any] = json.loads(file.read_text())["figures"]["table"] if file.is_file() else {}
+    measured = 0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["FINETUNE_CACHE"] = folder  # so that the rates are those of now
-        machine = Machine(**known["machine"]) if options.again else this_machine()
         for name, recipe, config in points():
-            measured = table.get(name, {}).get("measured")
             if not options.again and any(word in name for word in options.only):
-                measured = measured_point(recipe, config, options.steps)
-            if measured:
-                table[name] = compare(recipe, config, measured, machine)
+                # Rates are measured where there are none yet.
+                os.environ["FINETUNE_CACHE"] = f"{folder}/{measured // POINTS_A_MACHINE}"
+                machine = this_machine()
+                measured += 1
+                figures = measured_point(recipe, config, options.steps)
+                table[name] = {"measured": figures, "machine": asdict(machine)}
+            if point := table.get(name):
+                table[name] |= compare(recipe, config, point["measured"], Machine(**point["machine"]))
                 print(name, {kind: f"{table[name][kind]['off']:+.1%}" for kind in KINDS}, flush=True)
     if options.record:
-        record("prediction", COMMAND, {"worst": worst(table), "machine": asdict(machine), "table": table})
+        record("prediction", COMMAND, {"worst": worst(table), "table": table})
     print(json.dumps(worst(table), indent=2))
 
 

@@ -33,7 +33,9 @@ def test_many_rows_are_fitted_as_they_are() -> None:
     lacking = torch.randn(len(inputs), OUTPUTS, dtype=torch.float64)
     ridge = Ridge(inputs, weight, LEAST)
     added = LEAST * float((inputs.square() * weight.unsqueeze(1)).sum(0).mean())
-    torch.testing.assert_close(ridge.solve(lacking.split(2, dim=1)), ridge_solution(inputs, weight, lacking, added))
+    torch.testing.assert_close(
+        ridge.solve(lacking.split(2, dim=1)), ridge_solution(inputs, weight, lacking, added)
+    )
 
 
 @pytest.mark.parametrize("rows", [WIDTH // 2, 2 * WIDTH])
