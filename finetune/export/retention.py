@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.data.packing import NOT_LEARNED
 from finetune.export.layerwise import Network, Passage
 from finetune.export.streams import Version
+from finetune.export.words import Words, logits_by_part, score_words
 
-# Logits of so many tokens at once: 206 MB a version with the 201,088 words of gpt-oss.
-TOKENS_AT_ONCE = 256
+COMPARED: tuple[Version, ...] = ("export", "base")
 
 
 def measure(
@@ -28,32 +27,35 @@ def measure(
     """
     targets = torch.cat([p.targets for p in passages])
     learned = targets != NOT_LEARNED
-    rows = {name: network.final_norm(torch.cat(list(s))[learned]) for name, s in states.items()}
-    targets = targets[learned]
-    totals = dict.fromkeys(("base", "tuned", "export", "kl_export", "kl_base", "same_word"), 0.0)
-    for first in range(0, len(targets), TOKENS_AT_ONCE):
-        chunk = slice(first, first + TOKENS_AT_ONCE)
-        logs = {name: _log_probabilities(network, r[chunk]) for name, r in rows.items()}
-        for name, log in logs.items():
-            totals[name] += float(F.nll_loss(log, targets[chunk], reduction="sum"))
-        for name in ("export", "base"):
-            totals[f"kl_{name}"] += float(
-                F.kl_div(logs[name], logs["tuned"], log_target=True, reduction="sum")
-            )
-        totals["same_word"] += float((logs["export"].argmax(-1) == logs["tuned"].argmax(-1)).sum())
-    mean = {name: total / len(targets) for name, total in totals.items()}
-    gain = mean["base"] - mean["tuned"]
+    rows = {name: torch.cat(list(state))[learned] for name, state in states.items()}
+    words = {name: score_words(network, state, targets[learned]) for name, state in rows.items()}
+    kl = _divergences(network, rows, words)
+    loss = {name: float(words[name].losses.mean()) for name in ("base", "tuned", "export")}
+    gain = loss["base"] - loss["tuned"]
     return {
-        "tokens": len(targets),
-        "loss": {name: mean[name] for name in ("base", "tuned", "export")},
-        "kl_to_tuned": mean["kl_export"],
-        "kl_of_base_to_tuned": mean["kl_base"],
-        "same_greedy_word": mean["same_word"],
-        "gain_kept": (mean["base"] - mean["export"]) / gain if gain > 0 else None,
-        "change_kept": 1 - mean["kl_export"] / mean["kl_base"] if mean["kl_base"] > 0 else None,
+        "tokens": len(words["tuned"].losses),
+        "loss": loss,
+        "kl_to_tuned": kl["export"],
+        "kl_of_base_to_tuned": kl["base"],
+        "same_greedy_word": float((words["export"].best == words["tuned"].best).float().mean()),
+        "gain_kept": (loss["base"] - loss["export"]) / gain if gain > 0 else None,
+        "change_kept": 1 - kl["export"] / kl["base"] if kl["base"] > 0 else None,
     }
 
 
-def _log_probabilities(network: Network, rows: Tensor) -> Tensor:
-    """`rows [n, H]` -> `[n, vocabulary]`."""
-    return torch.cat([rows @ part.mT for part in network.head()], dim=-1).log_softmax(-1)
+def _divergences(
+    network: Network, rows: Mapping[Version, Tensor], words: Mapping[Version, Words]
+) -> dict[Version, float]:
+    """Mean KL(tuned, other) of the two others."""
+    found: dict[Version, float] = dict.fromkeys(COMPARED, 0.0)
+    names: tuple[Version, ...] = ("tuned", *COMPARED)
+    for part in logits_by_part(network, *(rows[name] for name in names)):
+        logs = {
+            name: logits.sub_(words[name].total[part.tokens].unsqueeze(1))
+            for name, logits in zip(names, part.logits, strict=True)
+        }
+        share = logs["tuned"].exp()
+        for name in COMPARED:
+            apart = logs[name].sub_(logs["tuned"]).mul_(share)
+            found[name] -= float(apart.sum(dtype=torch.float64))
+    return {name: total / len(rows["tuned"]) for name, total in found.items()}

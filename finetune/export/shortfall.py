@@ -7,9 +7,8 @@ from torch import Tensor
 
 from finetune.export.layerwise import Network
 from finetune.export.streams import Streams, Version
+from finetune.export.words import score_words
 
-# Logits of so many tokens at once beside a part of the output head: 134 MB.
-TOKENS_AT_ONCE = 2048
 # A gain of fewer standard errors than this may be chance, and a share of it could be anything.
 CERTAIN = 5.0
 
@@ -40,7 +39,7 @@ class Shortfall:
         learned = self._streams.learned()
         targets = torch.cat([passage.targets for passage in self._streams.passages])[learned]
         state = self._streams.all(version)[learned.to(self._weight.device)]
-        return token_losses(self._network, state, targets.to(state.device))
+        return score_words(self._network, state, targets).losses
 
     def _share_of_change(self) -> float:
         """The slope of the export's change on the tuned model's."""
@@ -48,20 +47,3 @@ class Shortfall:
         wanted, made = self._streams.all("tuned") - base, self._streams.all("export") - base
         square = (self._weight @ wanted.square()).sum().clamp(min=1e-30)
         return float((self._weight @ (wanted * made)).sum() / square)
-
-
-def token_losses(network: Network, state: Tensor, targets: Tensor) -> Tensor:
-    """Of `targets [n]` after the last layer's `state [n, H]`: `[n]`, in nats."""
-    rows = network.final_norm(state)
-    total = torch.full((len(rows),), -torch.inf, device=rows.device)
-    of_target = torch.zeros_like(total)
-    first = 0
-    for part in network.head():
-        for start in range(0, len(rows), TOKENS_AT_ONCE):
-            some = slice(start, start + TOKENS_AT_ONCE)
-            logits, word = rows[some] @ part.mT, targets[some] - first
-            total[some] = torch.logaddexp(total[some], logits.logsumexp(1))
-            here = ((word >= 0) & (word < len(part))).nonzero().flatten()
-            of_target[here + start] = logits[here, word[here]]
-        first += len(part)
-    return total - of_target

@@ -13,8 +13,8 @@ from finetune.export.fitting import Change, fit_layer, next_excess
 from finetune.export.layerwise import Network, Passage
 from finetune.export.passages import Passages
 from finetune.export.refit import INWARD, OUTWARD, refit_attention
-from finetune.export.shortfall import token_losses
 from finetune.export.streams import VERSIONS, Streams, Version, Walk
+from finetune.export.words import score_words
 from finetune.model.expert_layer import Factors
 from tests.checkpoints import write_random_checkpoint
 
@@ -114,7 +114,7 @@ def test_rounds_at_the_last_layer_make_up_for_what_rounding_swallows(
 
 def loss(network: Network, streams: Streams, version: Version) -> float:
     targets, learned = targets_of(streams), streams.learned()
-    return float(token_losses(network, streams.all(version)[learned], targets[learned]).mean())
+    return float(score_words(network, streams.all(version)[learned], targets[learned]).losses.mean())
 
 
 def targets_of(streams: Streams) -> Tensor:
