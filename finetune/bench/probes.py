@@ -18,7 +18,7 @@ from transformers import GptOssConfig
 
 from finetune.bench.pricing import fit_prices
 from finetune.bench.random_weights import random_tensors, release_config
-from finetune.model.cpu_settings import HEAD_TOKENS, HEAD_VOCABULARY, multiply_float32_fast
+from finetune.model.cpu_settings import HEAD_TOKENS, HEAD_VOCABULARY, keep_freed_memory, multiply_float32_fast
 from finetune.model.loading import adapt_config, assemble
 from finetune.model.lora import add_lora
 from finetune.predict.shape import Shape
@@ -62,7 +62,8 @@ OUTPUTS = ("log_probs", "entropy", "is_top1")
 def prices() -> dict[str, dict[str, float]]:
     """Of each dtype, seconds of one of each unit."""
     torch.manual_seed(0)
-    multiply_float32_fast()  # as training has it
+    multiply_float32_fast()  # as training has it, and so the next
+    keep_freed_memory()
     found = {}
     for dense in DTYPES:
         layers, heads = [_layer(probe, dense) for probe in LAYERS], [_head(probe, dense) for probe in HEADS]

@@ -24,7 +24,7 @@ from finetune.bench.work import Measured, Side, Work
 from finetune.model import load_adapter, load_base
 from finetune.model.attention import NAME as PACKED_ATTENTION
 from finetune.model.attention import use_packed_attention
-from finetune.model.cpu_settings import multiply_float32_fast, score_in_small_tiles
+from finetune.model.cpu_settings import keep_freed_memory, multiply_float32_fast, score_in_small_tiles
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -43,6 +43,7 @@ def run(side: Side, work: Work, gradients: Path) -> Measured:
         score_in_small_tiles()
         if side == "finetune":  # as `finetune train` does
             multiply_float32_fast()
+            keep_freed_memory()
     if work.routing == "balanced":
         balance(model)
     loading = _peak_gb(cuda)

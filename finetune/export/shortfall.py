@@ -26,7 +26,7 @@ class Shortfall:
         self._tuned = self._losses("tuned")
         gains = self._losses("base") - self._tuned
         self._gain = float(gains.mean())
-        self._by_loss = self._gain > CERTAIN * float(gains.std()) / len(gains) ** 0.5
+        self._by_loss = len(gains) > 1 and self._gain > CERTAIN * float(gains.std()) / len(gains) ** 0.5
 
     def missing(self) -> float:
         """The share that is missing by now; below zero where the export does more than the tuned model."""

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 # Tokens and entries of the vocabulary that the output head scores at once. TRL's own 4096 x 32768 suit a
 # kernel that needs nothing beside the tile; on CPUs it works with some seven temporary copies in float32.
 HEAD_TOKENS, HEAD_VOCABULARY = 2048, 1024
+# Names of <malloc.h>; the largest threshold that glibc takes, and more than a heap has.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED, KEPT = 32 << 20, (1 << 31) - 1
 
 
 def ask_for_large_pages() -> None:
@@ -60,6 +63,17 @@ def fast_float32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors of up to 32 MB leave at the end of its heap: the next step needs it again.
+
+    Given back and taken anew, its pages are cleared each time: steps of small models take a tenth longer. The
+    peak is the same.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def return_freed_memory() -> None:

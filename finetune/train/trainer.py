@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from trl import SFTTrainer
 
 from finetune.data.packing import collate
-from finetune.model.cpu_settings import multiply_float32_fast, score_in_small_tiles
+from finetune.model.cpu_settings import keep_freed_memory, multiply_float32_fast, score_in_small_tiles
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from finetune.train import checkpoint
@@ -75,6 +75,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         if self.args.device.type == "cpu":
             score_in_small_tiles()
             multiply_float32_fast()
+            keep_freed_memory()
         _leave_frozen_tensors_alone(self.model)
 
     # The training step, as far as it is ours: which tokens it counts, and its loss.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from finetune.model import CoverageCheck, add_lora, load_base
-from finetune.model.cpu_settings import multiply_float32_fast
+from finetune.model.cpu_settings import keep_freed_memory, multiply_float32_fast
 from tests.measure.conditions import record, resident_gib
 
 
@@ -55,6 +55,7 @@ def measure(checkpoint: Path, tokens: int, steps: int, rank: int) -> dict[str, A
     """Load, adapt and take `steps` optimiser steps of `tokens` random tokens."""
     rate = matrix_rate()
     multiply_float32_fast()  # as `finetune train` does
+    keep_freed_memory()
     began = time.perf_counter()
     anonymous = resident_gib("RssAnon")
     base = load_base(checkpoint, dtype=torch.bfloat16, device="cpu")

@@ -13,6 +13,7 @@ from finetune.export.fitting import Change, fit_layer, next_excess
 from finetune.export.layerwise import Network, Passage
 from finetune.export.passages import Passages
 from finetune.export.refit import INWARD, OUTWARD, refit_attention
+from finetune.export.shortfall import Shortfall
 from finetune.export.streams import VERSIONS, Streams, Version, Walk
 from finetune.export.words import score_words
 from finetune.model.expert_layer import Factors
@@ -151,6 +152,20 @@ def test_rounds_at_the_last_layer_make_up_for_the_gain_that_rounding_swallows(
         fit_layer(network, 0, Change({}, small_factors()), walk, sweeps=8)
         missing.append(abs(share_of_gain_missing(network, walk.calibration)))
     assert missing[1] < 0.5 * missing[0]
+
+
+@torch.inference_mode()
+def test_without_a_learned_token_shares_of_the_change_count(network: Network) -> None:
+    walk = walk_of(network)
+    unlearned = [
+        Passage(p.ids, torch.full_like(p.targets, -100), p.positions) for p in walk.calibration.passages
+    ]
+    streams = Streams(unlearned, walk.calibration.at)
+    streams.step(network.layer(0), "tuned", small_factors())
+    for version, missing in (("base", 1.0), ("tuned", 0.0)):
+        streams.at["export"] = streams.at[version]  # type: ignore[index]
+        shortfall = Shortfall(network, streams, torch.ones(len(streams.all("base"))))
+        assert shortfall.missing() == pytest.approx(missing, abs=1e-5)
 
 
 def test_an_aim_goes_further_by_what_arrived_of_the_last_one() -> None:

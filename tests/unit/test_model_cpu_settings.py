@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,3 +43,25 @@ def test_the_setting_ends_with_its_block() -> None:
     with pytest.raises(KeyError), fast_float32():
         raise KeyError
     assert matmul.fp32_precision == before
+
+
+FAULTS_OF_A_STEP = """
+import resource, sys, torch
+from finetune.model.cpu_settings import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for step in range(30):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 21) for _ in range(4)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_is_kept_is_not_cleared_again_at_every_step() -> None:
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", FAULTS_OF_A_STEP, how], text=True))
+        for how in ("keep", "return")
+    }
+    assert faults["keep"] < 0.1 * faults["return"]
