@@ -178,10 +178,12 @@ def _cpu_scratch(shape: Shape, work: Workload) -> float:
 
 
 def _onednn(shape: Shape, work: Workload) -> float:
+    everything = ONEDNN_PROGRAM * ONEDNN_PROGRAMS
+    if work.varied:  # every pack brings new numbers of rows and keys
+        return everything
     of_rows = min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
     blocks = math.ceil(min(work.tokens, work.document) / ATTENTION_QUERIES) if shape.full_layers else 1
-    of_keys = ONEDNN_PROGRAM * ATTENTION_PRODUCTS * blocks
-    return min(of_rows + of_keys, ONEDNN_PROGRAM * ONEDNN_PROGRAMS)
+    return min(of_rows + ONEDNN_PROGRAM * ATTENTION_PRODUCTS * blocks, everything)
 
 
 def _rows_of_a_group(shape: Shape, work: Workload, experts: int) -> float:

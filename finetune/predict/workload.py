@@ -13,9 +13,9 @@ class Workload:
     """One pass of `tokens` tokens on one process, `passes` of them a step.
 
     `document`: the length of the document that a token stands in, averaged over tokens; `learned`: the share
-    of tokens that the output head is asked for. `dense`: dtype of the dense weights and the computation;
-    `keep_attention`: layers that do not attend again in backward. On GPUs: `nf4` attention, experts
-    `from_host`, and what is kept for backward `offloaded`.
+    of tokens that the output head is asked for; `varied`: packs are not alike. `dense`: dtype of the dense
+    weights and the computation; `keep_attention`: layers that do not attend again in backward. On GPUs: `nf4`
+    attention, experts `from_host`, and what is kept for backward `offloaded`.
     """
 
     tokens: int
@@ -27,6 +27,7 @@ class Workload:
     optimizer: str
     document: float
     learned: float = 1.0
+    varied: bool = False
     nf4: bool = False
     from_host: bool = False
     offloaded: bool = False
@@ -50,6 +51,7 @@ class Workload:
             optimizer=train.optimizer,
             document=min(document, tokens),
             learned=learned,
+            varied=len(set(lengths)) > 1,
             nf4=recipe.model.dense == "nf4",
             from_host=recipe.model.experts_on == "host",
             offloaded=train.offload_activations,

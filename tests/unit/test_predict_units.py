@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune.bench.pricing import TYPICAL, TYPICAL_OF_ANY, fit_prices
 from finetune.bench.probes import LAYERS, sizes_and_work
 from finetune.predict import Machine, Shape, Workload, gpu, predict_memory, predict_speed
+from finetune.predict.memory import ONEDNN_PROGRAM, ONEDNN_PROGRAMS
 from finetune.predict.units import LIMITS, PARTS, head_units, layers_units, scored_keys
 
 SHAPE = Shape(
@@ -75,6 +76,13 @@ def test_no_price_is_negative() -> None:
 
 def test_there_are_more_probes_than_prices() -> None:
     assert len(LAYERS) > len(layers_units(SHAPE, WORK))
+
+
+def test_packs_that_differ_fill_the_cache_of_programs_on_a_processor_alone() -> None:
+    for machine, more in ((processor(), ONEDNN_PROGRAM * ONEDNN_PROGRAMS), (gpu("h200"), 0.0)):
+        alike, varied = (predict_memory(SHAPE, replace(WORK, varied=v), machine) for v in (False, True))
+        assert varied.libraries - alike.libraries <= more
+        assert (varied.libraries > alike.libraries) == bool(more)
 
 
 def test_kept_attention_is_less_work_and_more_memory() -> None:
