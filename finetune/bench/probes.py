@@ -120,7 +120,7 @@ def _random_model(sizes: dict[str, Any], dtype: torch.dtype, work: Workload) -> 
     tensors = random_tensors(sizes, torch.Generator().manual_seed(0), packed=True)
     named = {name.removesuffix("_blocks"): _placed(tensor, dtype) for name, tensor in tensors}
     model = assemble(adapt_config(GptOssConfig(**sizes), dtype), named, packed=True)
-    adapted = add_lora(model, rank=work.rank, alpha=work.rank, targets=list(work.targets))
+    adapted = add_lora(model, rank=work.rank, alpha=work.rank, targets=work.targets)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.train()
     return model.model

@@ -151,7 +151,6 @@ def next_excess(tried: Sequence[tuple[float, float]]) -> float:
     response = 1.0
     if len(tried) > 1:
         before, missing_before = tried[-2]
-        if excess != before:
-            response = (missing_before - missing) / (excess - before)
+        response = (missing_before - missing) / (excess - before)
     wanted = excess + missing / min(max(response, LEAST_RESPONSE), 1.0)
     return min(max(wanted, 0.0), LARGEST_EXCESS)

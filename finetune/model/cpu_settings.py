@@ -11,7 +11,8 @@ from contextlib import contextmanager
 # Tokens and entries of the vocabulary that the output head scores at once. TRL's own 4096 x 32768 suit a
 # kernel that needs nothing beside the tile; on CPUs it works with some seven temporary copies in float32.
 HEAD_TOKENS, HEAD_VOCABULARY = 2048, 1024
-# Names of <malloc.h>; the largest threshold that glibc takes, and more than a heap has.
+# Names of <malloc.h>. From MAPPED on, the largest threshold that glibc takes, blocks are mapped one by one;
+# KEPT is more than a heap has.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MAPPED, KEPT = 32 << 20, (1 << 31) - 1
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from finetune.model.cpu_settings import HEAD_TOKENS as CPU_HEAD_TOKENS
 from finetune.model.cpu_settings import HEAD_VOCABULARY as CPU_HEAD_WORDS
+from finetune.model.cpu_settings import MAPPED
 from finetune.predict.machines import Machine
 from finetune.predict.shape import PACKED_BYTES, Shape
 from finetune.predict.workload import Workload
@@ -38,8 +39,6 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 # float32 tiles alive at once in its backward without Triton: y, z, log p, p, the gradient, and two of an
 # expression; with Triton they stay in registers.
 HEAD_TILES = 7.25
-# Blocks from this size on, malloc maps by themselves.
-MAPPED = 32 << 20
 # oneDNN keeps a program of 0.6 MiB for each product and size it meets. Of an expert's rows there are ever new
 # numbers: bytes for a row of a pass, until there are hardly any (both fitted to tests/measure/prediction.py).
 # Of keys there are as many as a document has blocks, in six products (finetune/model/attention.py).

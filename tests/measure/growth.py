@@ -74,7 +74,8 @@ def plot(what: str, curve: dict[str, Any]) -> None:
         axes.plot(*zip(*found, strict=True), "o", color="#2a6f97", label="measured")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log" if what == "context" else "linear")
-        axes.set_ylim(bottom=None if what == "context" else 0)
+        if what != "context":
+            axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
         axes.set_xticks(values, [f"{v // 1024}k" if v >= 1024 else str(v) for v in values])
         axes.set_xlabel({"context": "context, tokens", "experts": "experts", "rank": "rank"}[what])
         axes.set_ylabel(unit)

@@ -68,12 +68,6 @@ def test_a_unit_that_no_probe_tells_apart_keeps_its_typical_price() -> None:
     assert found == pytest.approx({name: typical[name] for name in units[0]})
 
 
-def test_no_price_is_negative() -> None:
-    typical = TYPICAL["bf16"] | TYPICAL_OF_ANY
-    units = [{"products": n / typical["products"], "passes": 1 / typical["passes"]} for n in (1.0, 2.0, 3.0)]
-    assert all(price > 0 for price in fit_prices(units, [3.0, 2.0, 1.0], "bf16").values())
-
-
 def test_there_are_more_probes_than_prices() -> None:
     assert len(LAYERS) > len(layers_units(SHAPE, WORK))
 
