@@ -94,7 +94,9 @@ class FrozenExperts(Protocol):
     limit: float
     scratch: Scratch
     stream: ExpertStream | None
+    multiplies_packed: bool
 
+    def packed(self, name: str) -> tuple[Tensor, Tensor]: ...
     def back_end(self, x: Tensor) -> BackEnd: ...
 
     @property

@@ -141,6 +141,12 @@ class Experts(nn.Module, ABC):
 
     # Where the packed bytes stay in host memory.
     stream: ExpertStream | None = None
+    # Whether there is `packed`.
+    multiplies_packed = False
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """`blocks [E, out, in/32, 16]` and `scales [E, out, in/32]` of `gate_up_proj` or `down_proj`."""
+        raise NotImplementedError
 
     @abstractmethod
     def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
@@ -149,6 +155,8 @@ class Experts(nn.Module, ABC):
 
 class PackedExperts(Experts):
     """Experts in the released bytes, `blocks [E, out, in/32, 16]` and `scales [E, out, in/32]`."""
+
+    multiplies_packed = True
 
     def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
         super().__init__(config, scratch)
@@ -162,6 +170,9 @@ class PackedExperts(Experts):
             scales = torch.empty(self.num_experts, outputs, inputs // BLOCK, dtype=torch.uint8)
             self.register_parameter(f"{name}_scales", nn.Parameter(scales, requires_grad=False))
         self._add_biases()
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.get_parameter(name), self.get_parameter(f"{name}_scales")
 
     def keep_on_host(self, stream: ExpertStream) -> None:
         """Leave blocks and scales in host memory wherever the module moves, and bring them when needed."""

@@ -52,8 +52,8 @@ def _scale_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def _values_of_scales(dtype: torch.dtype) -> Tensor:
-    """For the native decoder: of every scale the sixteen values, twice, `[256, 32]`."""
+def values_of_scales(dtype: torch.dtype) -> Tensor:
+    """For native code: of every scale the sixteen values, twice, `[256, 32]`."""
     codes = torch.tensor(CODE_VALUES, dtype=dtype).repeat(2)
     return codes * _scale_table(dtype, torch.device("cpu")).unsqueeze(1)
 
@@ -77,7 +77,7 @@ def dequantise_mxfp4(
         decode(
             blocks.contiguous(),
             scales.contiguous(),
-            _values_of_scales(dtype),
+            values_of_scales(dtype),
             out.view(scales.numel(), BLOCK),
         )
         return out

@@ -134,9 +134,8 @@ def _cache_file() -> Path:
     )
     # Prices are those of our own code: they are found anew where any of it has changed.
     package = Path(__file__).parents[1]
-    sources = sorted(
-        [*package.glob("bench/*.py"), *package.glob("model/*.py"), package / "predict" / "units.py"]
-    )
+    ours = [*package.glob("bench/*.py"), *package.glob("model/**/*"), package / "predict" / "units.py"]
+    sources = sorted(file for file in ours if file.suffix in (".py", ".c", ".h"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     here = [platform.node(), platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")]
     key = hashlib.sha256(json.dumps([*here, version("torch"), code]).encode()).hexdigest()[:16]
