@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 
-from finetune.model import load_base
+from finetune.model import cpu, load_base
 
 
 def decode_by_definition(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -27,6 +28,11 @@ def decode_by_definition(blocks: Tensor, scales: Tensor) -> Tensor:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def without_native_products(patch: pytest.MonkeyPatch) -> None:
+    """Have torch's operations do the products, as on other processors."""
+    patch.setattr(cpu, "native_products", lambda dtype: None)
 
 
 def our_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

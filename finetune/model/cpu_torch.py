@@ -7,7 +7,7 @@ number of rows it meets; an expert's rows are therefore padded to one of few len
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ class TorchArithmetic:
     cache when they are multiplied."""
 
     run: Pass
+    # Of each projection the group that was decoded last, and its weights: a backward needs some twice.
+    decoded: dict[str, tuple[Group, Sequence[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
     def padded(rows: int, dtype: torch.dtype) -> int:
@@ -48,12 +50,18 @@ class TorchArithmetic:
     def _slices(self, name: str, group: Group) -> Iterator[Slice]:
         experts = self.run.experts
         out, at_once = experts.features(name)[1], experts.features_at_once(name)
-        whole = self._decode(name, group, slice(0, out)) if at_once == out else None
+        whole = self._whole(name, group) if at_once == out else None
         for number, (expert, rows) in enumerate(group.parts):
             for start in range(0, out, at_once):
                 features = slice(start, min(start + at_once, out))
                 weights = whole[number] if whole else self._decode(name, group, features)[0]
                 yield Slice(expert, rows, features, weights)
+
+    def _whole(self, name: str, group: Group) -> Sequence[Tensor]:
+        if name not in self.decoded or self.decoded[name][0] is not group:
+            every = slice(0, self.run.experts.features(name)[1])
+            self.decoded[name] = group, self._decode(name, group, every)
+        return self.decoded[name][1]
 
     def _decode(self, name: str, group: Group, features: slice) -> Sequence[Tensor]:
         first, last = group.parts[0].expert, group.parts[-1].expert + 1

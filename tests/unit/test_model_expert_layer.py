@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig
 
-from finetune.model import expert_layer, mxfp4
+from finetune.model import cpu_native, expert_layer, mxfp4
 from finetune.model import experts as experts_module
 from finetune.model.experts import DenseExperts, Experts, PackedExperts, Scratch
 from finetune.model.lora import EXPERT_PARAMETERS, with_our_wrapper
-from tests.model_kit import decode_by_definition, relative_error
+from finetune.model.native.products import native_products
+from tests.model_kit import decode_by_definition, relative_error, without_native_products
 
 EXPERTS, TOP, HIDDEN, INNER = 6, 3, 96, 160
 ONE_EXPERT = 2 * INNER * HIDDEN
@@ -150,16 +151,23 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 # The experts of a group; 6 are not a multiple of 4.
 WAYS = {
     "by-one": (torch.float32, 1), "by-four": (torch.float32, 4), "at-once": (torch.float32, 6),
-    "float64": (torch.float64, 4),
+    "float64": (torch.float64, 4), "native": (torch.float32, None), "native-by-one": (torch.float32, None),
 }  # fmt: skip
 
 
 @pytest.fixture(params=WAYS)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of the computation, with the experts taken one by one, in groups or all at once."""
+    """The dtype of the computation: by torch, with the experts taken one by one, in groups or all at once,
+    or by native products."""
     dtype, group = WAYS[request.param]
-    monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", group * ONE_EXPERT)
-    assert make_layer(dtype, rank=None).base.group_size() == group
+    if group is not None:
+        without_native_products(monkeypatch)
+        monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", group * ONE_EXPERT)
+        assert make_layer(dtype, rank=None).base.group_size() == group
+    elif native_products(dtype) is None:
+        pytest.skip("no C compiler, or no AVX-512")
+    elif request.param == "native-by-one":
+        monkeypatch.setattr(cpu_native, "GROUP_VALUES", 1)
     return dtype
 
 
@@ -223,9 +231,13 @@ def test_dense_experts_give_what_packed_ones_give(dtype: torch.dtype) -> None:
     assert_close(run(dense, case, dtype), run(packed, case, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("group", [1, 4, 6])
-def test_bfloat16_is_close_to_the_reference_and_repeats(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", group * ONE_EXPERT)
+@pytest.mark.parametrize("group", [1, 4, 6, None])
+def test_bfloat16_is_close_to_the_reference_and_repeats(
+    group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if group is not None:
+        without_native_products(monkeypatch)
+        monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", group * ONE_EXPERT)
     layer, case = make_layer(torch.bfloat16), make_case()
     x, scores, d_out = (t.bfloat16().double() for t in (case.x, case.scores, case.d_out))
     rounded = Case(x, case.indices, scores, d_out)
@@ -253,14 +265,16 @@ class LargestNewMemory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["packed", "dense"])
+@pytest.mark.parametrize("way", ["packed", "dense", "native"])
 def test_no_memory_of_a_weights_size_is_taken_once_the_scratch_is_there(
-    dense: bool, monkeypatch: pytest.MonkeyPatch
+    way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if way != "native":
+        without_native_products(monkeypatch)
     monkeypatch.setattr(experts_module, "GROUP_WEIGHTS", ONE_EXPERT)
     monkeypatch.setattr(mxfp4, "CHUNK_WEIGHTS", HIDDEN * 32)  # the decoder's indices
     monkeypatch.setattr(expert_layer, "RANK_MULTIPLE", 1)
-    layer, case = make_layer(torch.float32, rank=2, dense=dense), make_case(tokens=4)
+    layer, case = make_layer(torch.float32, rank=2, dense=way == "dense"), make_case(tokens=4)
     run(layer, case, torch.float32)
     with LargestNewMemory() as largest:
         run(layer, case, torch.float32)

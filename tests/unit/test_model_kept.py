@@ -11,6 +11,7 @@ from finetune.model import experts as experts_module
 from finetune.model import keep_decoded
 from finetune.model.expert_layer import Factors
 from finetune.model.experts import PackedExperts
+from tests.model_kit import without_native_products
 from tests.unit.test_model_expert_layer import (
     EXPERTS,
     HIDDEN,
@@ -29,6 +30,12 @@ def forward(layer: Layer, seed: int = 0) -> torch.Tensor:
     with torch.no_grad():
         out: torch.Tensor = layer(case.x.float(), case.indices, case.scores.float())
     return out
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native products decode for themselves."""
+    without_native_products(monkeypatch)
 
 
 @pytest.fixture

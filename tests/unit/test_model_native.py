@@ -1,4 +1,4 @@
-"""The native decoder is made once and is never needed."""
+"""The native libraries are made once and are never needed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from finetune.model import native
+from finetune.model.native.products import native_products
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    native.native_decoder.cache_clear()
+    for found in (native.native_decoder, native_products):
+        found.cache_clear()
     yield tmp_path / "cache"
-    native.native_decoder.cache_clear()
+    for found in (native.native_decoder, native_products):
+        found.cache_clear()
 
 
 def compiler_that(does: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,21 +41,21 @@ def test_the_library_is_compiled_once_and_leaves_nothing_else(
 
 
 @pytest.mark.parametrize(
-    "does", ["exit 1", 'shift 6; echo "no library" > "$2"'], ids=["fails", "writes junk"]
+    "does", ["exit 1", 'shift 4; echo "no library" > "$2"'], ids=["fails", "writes junk"]
 )
-def test_a_compiler_that_does_not_work_leaves_decoding_to_torch(
+def test_a_compiler_that_does_not_work_leaves_the_work_to_torch(
     does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler_that(does, tmp_path, monkeypatch)
-    assert native.native_decoder(torch.bfloat16) is None
+    assert native.native_decoder(torch.bfloat16) is None and native_products(torch.float32) is None
 
 
 def test_without_a_compiler_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert native.native_decoder(torch.bfloat16) is None
+    assert native.native_decoder(torch.bfloat16) is None and native_products(torch.float32) is None
 
 
 def test_the_environment_can_forbid_it(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_NATIVE", "0")
-    assert native.native_decoder(torch.bfloat16) is None
+    assert native.native_decoder(torch.bfloat16) is None and native_products(torch.float32) is None
     assert not empty_cache.exists()

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from finetune.model import add_lora, attention
 from finetune.model import experts as experts_module
+from finetune.model.experts import PackedExperts
 from finetune.model.mxfp4 import dequantise_mxfp4
+from finetune.model.native.products import NativeProducts, native_products
 from finetune.model.recompute import keep_all_inputs, keep_attention
 from tests.checkpoints import write_random_checkpoint
-from tests.model_kit import our_model, random_ids, relative_error
+from tests.model_kit import our_model, random_ids, relative_error, without_native_products
 
 LAYERS = 3
 
@@ -77,10 +79,16 @@ def test_the_router_loss_reaches_the_router_through_checkpointing(base: Path) ->
     assert all(relative_error(gradient, plain[name]) < 1e-6 for name, gradient in found.items())
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+CHECKPOINTING = pytest.mark.parametrize(
+    "checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str
+)
+
+
+@CHECKPOINTING
 def test_experts_are_decoded_exactly_twice_a_step(
     base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: dict[str, Any] | None
 ) -> None:
+    without_native_products(monkeypatch)
     model = model_in_training(base, torch.float32, checkpointing)
     decoded: list[Tensor] = []
 
@@ -93,6 +101,28 @@ def test_experts_are_decoded_exactly_twice_a_step(
     each = {blocks.data_ptr() for blocks in decoded}
     assert len(each) == LAYERS * 2  # all experts of a projection in one group
     assert len(decoded) == 2 * len(each)
+
+
+@CHECKPOINTING
+def test_native_products_run_up_twice_and_down_once_before_they_are_pulled_back(
+    base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: dict[str, Any] | None
+) -> None:
+    if native_products(torch.float32) is None:
+        pytest.skip("no C compiler, or no AVX-512")
+    model = model_in_training(base, torch.float32, checkpointing)
+    met: list[tuple[bool, bool]] = []  # of each product whether it is up, and pulled back
+    multiply = NativeProducts.multiply
+
+    def count(self: NativeProducts, parts: Any, blocks: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        met.append((any(blocks is each for each in ups), named.get("transposed", False)))
+        return multiply(self, parts, blocks, *arguments, **named)
+
+    ups = [module.gate_up_proj for module in model.modules() if isinstance(module, PackedExperts)]
+    monkeypatch.setattr(NativeProducts, "multiply", count)
+    loss_and_gradients(model)
+    up, down = [back for is_up, back in met if is_up], [back for is_up, back in met if not is_up]
+    assert sorted(up) == [False] * 2 * LAYERS + [True] * LAYERS
+    assert sorted(down) == [False] * LAYERS + [True] * LAYERS
 
 
 @contextmanager
