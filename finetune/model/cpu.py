@@ -86,7 +86,7 @@ class CpuProducts:
             hidden = arithmetic.activation(group, y).hidden()
             low = arithmetic.lower(group, hidden, second.a, into="low") if second.a is not None else None
             # The rows of x are done with, and as wide as those of the output.
-            y = run.wide("y, wide", group, arithmetic.apply(second, group, hidden, low, into="x"))
+            y = run.wide("x, wide", group, arithmetic.apply(second, group, hidden, low, into="x"))
             out.index_add_(0, run.order.token[group.rows], y.mul_(run.order.score[group.rows]))
         return out.to(x.dtype)
 
@@ -132,7 +132,7 @@ class _Backward:
         d_y, d_score = self._down(group, activation, d_out, score)
         d_low = self._lower(group, d_y, self.up.b, into="d_low")
         # The rows of d_out are done with, and as wide as those of x.
-        d_rows = arithmetic.pull_back(self.up, group, d_y, d_low, into="y, wide", spare="d_out")
+        d_rows = arithmetic.pull_back(self.up, group, d_y, d_low, into="x, wide", spare="d_out")
         if self.up_gradients and low is not None and d_low is not None:
             self.up_gradients.add(group, x, low, d_low, d_y)
         d_x.index_add_(0, order.token[group.rows], d_rows)

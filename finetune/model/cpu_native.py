@@ -36,7 +36,7 @@ class NativeArithmetic:
     ) -> Tensor:
         """`rows [n, in]`, and after LoRA's first factor `low [n, R]` -> `[n, out]`, in float32."""
         name, experts, factors = projection.name, self.run.experts, projection.factors
-        out = self.run.take(into, group, experts.features(name)[1], torch.float32)
+        out = self.run.take(f"{into}, wide", group, experts.features(name)[1], torch.float32)
         return self.native.multiply(
             _parts(group), *experts.packed(name), rows, out, low=low, factor=factors.b if factors else None,
             bias=experts.bias(name).detach(),
