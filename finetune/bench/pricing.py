@@ -15,13 +15,13 @@ from torch import Tensor
 
 # As two cores of an AMD EPYC with AVX-512 have them, rounded; FLOPs and values by their dtype.
 TYPICAL = {
-    "bf16": {"products": 1.2e-12, "scores": 2e-10, "expert weights": 4e-10, "rows": 2e-9, "stream": 4e-9,
+    "bf16": {"products": 1.1e-12, "scores": 2.7e-10, "expert weights": 5e-11, "rows": 1.2e-9, "stream": 5e-9,
              "head products": 2e-12},
-    "float32": {"products": 2e-12, "scores": 4e-10, "expert weights": 8e-10, "rows": 4e-9, "stream": 8e-9,
-                "head products": 3.5e-12},
+    "float32": {"products": 1.9e-12, "scores": 3.2e-10, "expert weights": 8e-11, "rows": 1.8e-9,
+                "stream": 7e-9, "head products": 3.5e-12},
 }  # fmt: skip
 TYPICAL_OF_ANY = {
-    "experts": 4e-4, "blocks": 1e-3, "layers": 5e-3, "passes": 2e-3,
+    "experts": 2e-5, "blocks": 9e-4, "layers": 5e-3, "passes": 1.5e-3,
     "head weights": 8e-10, "head tiles": 1e-4, "logits": 4e-9,
 }  # fmt: skip
 # (A tenth over a third) squared: how much the typical prices count beside a probe.

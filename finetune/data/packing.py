@@ -116,14 +116,16 @@ class PackedDataset:
         return self.examples.tokens
 
 
-def collate(batch: Sequence[dict[str, torch.Tensor]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Packs side by side, int64 [B, L] each, padded on the right to the longest.
+def collate(
+    batch: Sequence[dict[str, torch.Tensor]], pad_id: int = 0, multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    """Packs side by side, int64 [B, L] each, padded on the right to the longest and L to a `multiple`.
 
     Padding is a document of its own: `pad_id`, label -100, positions from 0.
     """
     import torch
 
-    length = max(len(item["input_ids"]) for item in batch)
+    length = -(-max(len(item["input_ids"]) for item in batch) // multiple) * multiple
     out: dict[str, torch.Tensor] = {}
     for key in ("input_ids", "labels", "position_ids"):
         rows = []

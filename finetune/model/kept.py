@@ -1,4 +1,7 @@
-"""Decoded experts and LoRA factors kept between forwards: generation needs the same ones at every token."""
+"""Decoded experts and LoRA factors kept between forwards: generation needs the same ones at every token.
+
+Native products (`finetune.model.native`) need no decoded experts.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,9 @@ class Kept:
 
 @contextmanager
 def keep_decoded(model: nn.Module, room: int | None = None) -> Iterator[None]:
-    """Until the block ends, experts that run on the CPU are kept decoded, up to `room` bytes (half the free
-    memory if not given), and LoRA factors as the products want them. Weights must not change meanwhile.
+    """Until the block ends, experts that torch multiplies on the CPU are kept decoded, up to `room` bytes
+    (half the free memory if not given), and LoRA factors as the products want them. Weights must not change
+    meanwhile.
     """
     found = [module for module in model.modules() if isinstance(module, Experts)]
     on_cpu = [module for module in found if module.gate_up_proj.device.type == "cpu"]

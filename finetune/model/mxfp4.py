@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.model.layout import BLOCK
-from finetune.model.native import native_decoder
+from finetune.model.native.decoder import native_decoder
 
 SCALE_BIAS = 127
 # E2M1 by code: sign, two bits of exponent, one of mantissa.

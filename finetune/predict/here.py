@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from finetune.model.cpu_settings import ask_for_large_pages
+from finetune.model.native import multiplies
 from finetune.predict.machines import CUDA_CONTEXT, CUDA_SLACK, Machine, found_gpu
 
 # What Python and the packages of a training process hold: 0.6 GB once they are imported, and what they load
@@ -36,7 +37,8 @@ def memory_here() -> Machine:
     """The machine at hand as far as its memory goes: what is free on the first GPU, or for this process."""
     device = first_gpu()
     if device is None:
-        return _machine("this machine", "cpu", free_host_memory(), CPU_LIBRARIES, CPU_SLACK)
+        machine = _machine("this machine", "cpu", free_host_memory(), CPU_LIBRARIES, CPU_SLACK)
+        return replace(machine, native=_native())
     # What the driver calls free is before our own context.
     return _machine(device["name"], "cuda", device["free"], CUDA_CONTEXT, CUDA_SLACK)
 
@@ -46,6 +48,11 @@ def _machine(name: str, kind: str, memory: float, libraries: float, slack: float
     return Machine(
         name=name, kind=kind, memory=memory, matrix={}, bandwidth=0.0, libraries=libraries, slack=slack
     )
+
+
+def _native() -> tuple[str, ...]:
+    kinds = {"bf16": "bfloat16", "float32": "float32"}
+    return tuple(name for name, kind in kinds.items() if multiplies(kind))
 
 
 def this_machine() -> Machine:
@@ -101,6 +108,7 @@ def _processor(rates: dict[str, Any]) -> Machine:
         libraries=CPU_LIBRARIES,
         slack=CPU_SLACK,
         prices=rates["prices"],
+        native=_native(),
         sheet_matrix=rates["matrix"]["bf16"],
         measured=True,
     )

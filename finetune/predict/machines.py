@@ -14,7 +14,8 @@ class Machine:
 
     `libraries`: bytes in use before a model is loaded; `slack`: the share of what comes and goes that an
     allocator holds on to; `sheet_matrix`: the FLOP/s in bf16 that mfu is a share of. Of a processor `prices`
-    are measured, by dtype the seconds of each unit of finetune/predict/units.py. Of GPUs there are
+    are measured, by dtype the seconds of each unit of finetune/predict/units.py; in the dtypes `native` it
+    multiplies packed weights as they are. Of GPUs there are
     `attention` in FLOP/s; `decode`, weights/s from MXFP4 into each dtype; `call`, seconds that a launch
     costs; `link`, bytes/s from host memory.
     """
@@ -28,6 +29,7 @@ class Machine:
     slack: float
     sheet_matrix: float = 0.0
     prices: dict[str, dict[str, float]] = field(default_factory=dict)
+    native: tuple[str, ...] = ()
     attention: dict[str, float] = field(default_factory=dict)
     decode: dict[str, float] = field(default_factory=dict)
     call: float = 0.0

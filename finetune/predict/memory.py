@@ -20,8 +20,9 @@ from finetune.predict.machines import Machine
 from finetune.predict.shape import PACKED_BYTES, Shape
 from finetune.predict.workload import Workload
 
-# finetune/model/experts.py: weights that a group of experts decodes at once on a CPU.
-CPU_GROUP_WEIGHTS = 1 << 22
+# finetune/model/experts.py: weights that a group of experts decodes at once on a CPU; where weights are
+# multiplied as they are, values of the rows that a group has (finetune/model/cpu_native.py).
+CPU_GROUP_WEIGHTS, CPU_GROUP_VALUES = 1 << 22, 1 << 22
 # finetune/model/kernels/budget.py: what a GPU decodes and works on at once takes so many bytes, or this part
 # of what is free; at least one expert, and so many of its rows.
 CUDA_WORK, CUDA_SHARE, CUDA_ROWS = 2 << 30, 4, 1024
@@ -44,6 +45,8 @@ HEAD_TILES = 7.25
 # Of keys there are as many as a document has blocks, in six products (finetune/model/attention.py).
 ONEDNN_ROW, ONEDNN_ALL = 33e3, 0.28e9
 ONEDNN_PROGRAM, ONEDNN_PROGRAMS, ATTENTION_PRODUCTS = 0.6 * 2**20, 1024, 6
+# Where experts need none, of all that are kept so many are large: nano's demo (runs/reference/demo.json).
+VARIED_SHARE = 0.25
 # Queries of one block of attention on a CPU, and bytes of a buffer for its scores in float32, unless one key
 # head's block is larger (finetune/model/attention.py).
 ATTENTION_QUERIES, ATTENTION_BUFFER = 128, 8 << 20
@@ -102,14 +105,15 @@ def predict_memory(shape: Shape, work: Workload, machine: Machine) -> Memory:
         "dense": _dense(shape, work, on_cpu),
         "adapter": 4.0 * trained,
         "optimizer": MOMENTS[work.optimizer] * trained,
-        "libraries": machine.libraries + (_onednn(shape, work) if on_cpu else 0.0),
+        "libraries": machine.libraries + (_onednn(shape, work, machine) if on_cpu else 0.0),
     }
     allocator = machine.slack * (activations + logits)
     if on_cpu:
         small = [sum(_small(shape, work, moment)) for moment in moments.values()]
         allocator += max(small) - sum(_small(shape, work, moments[when]))
     others = sum(fixed.values()) + activations + gradients + logits + allocator
-    scratch = _cpu_scratch(shape, work) if on_cpu else _cuda_scratch(shape, work, machine.memory - others)
+    left = machine.memory - others
+    scratch = _cpu_scratch(shape, work, machine) if on_cpu else _cuda_scratch(shape, work, left)
     return Memory(
         **fixed, gradients=gradients, activations=activations, scratch=scratch, logits=logits,
         allocator=allocator, when=when,
@@ -165,22 +169,33 @@ def _dense(shape: Shape, work: Workload, on_cpu: bool) -> float:
     return weights - attention * (work.bytes - NF4_BYTES) - work.bytes * embedding
 
 
-def _cpu_scratch(shape: Shape, work: Workload) -> float:
+def _multiplies_packed(shape: Shape, work: Workload, machine: Machine) -> bool:
+    return shape.packed and work.dense in machine.native
+
+
+def _cpu_scratch(shape: Shape, work: Workload, machine: Machine) -> float:
     """What is decoded at once, and all that has as many rows as the fullest group (finetune/model/cpu.py,
-    `_Backward.group`): in b x and d_out [H] and y [2I], in float32 d_rows [H] and eight of I."""
-    experts, b = group_experts(shape), work.bytes
-    sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
+    `_Backward`): in b x and d_out [H], in float32 d_rows [H]. Where weights are multiplied as they are,
+    beside these y [2I] and d_hidden [I] in float32, d_y [2I] and hidden [I] in b (cpu_native.py); else y
+    [2I] in b and nine of I in float32 (cpu_torch.py)."""
+    h, i, b = shape.hidden, shape.intermediate, work.bytes
+    row = (2 * b + 4) * h + 4 * _padded(work) * b
+    if _multiplies_packed(shape, work, machine):
+        fullest = work.tokens * shape.top_k / shape.experts * ROUTING_SKEW
+        rows = min(work.tokens * shape.top_k, max(fullest, CPU_GROUP_VALUES / (2 * h + 4 * i)))
+        return rows * (row + (3 * b + 12) * i)
+    experts = group_experts(shape)
+    sizes = (h, 2 * i), (i, h)
     decoded = sum(i * min(o, max(1, CPU_GROUP_WEIGHTS // 2 // i)) for i, o in sizes) if shape.packed else 0
-    rows = _rows_of_a_group(shape, work, experts)
-    row = (2 * b + 4) * shape.hidden + (2 * b + 36) * shape.intermediate + 4 * _padded(work) * b
-    return experts * decoded * b + float(rows) * row
+    return experts * decoded * b + _rows_of_a_group(shape, work, experts) * (row + (2 * b + 36) * i)
 
 
-def _onednn(shape: Shape, work: Workload) -> float:
+def _onednn(shape: Shape, work: Workload, machine: Machine) -> float:
     everything = ONEDNN_PROGRAM * ONEDNN_PROGRAMS
-    if work.varied:  # every pack brings new numbers of rows and keys
-        return everything
-    of_rows = min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
+    packed = _multiplies_packed(shape, work, machine)
+    if work.varied:  # every pack brings new numbers of learned tokens, and of an expert's rows
+        return VARIED_SHARE * everything if packed else everything
+    of_rows = 0.0 if packed else min(ONEDNN_ALL, ONEDNN_ROW * work.tokens * shape.top_k)
     blocks = math.ceil(min(work.tokens, work.document) / ATTENTION_QUERIES) if shape.full_layers else 1
     return min(of_rows + ONEDNN_PROGRAM * ATTENTION_PRODUCTS * blocks, everything)
 
@@ -251,14 +266,16 @@ def _attention_kept(shape: Shape, work: Workload) -> float:
 def _experts_working(shape: Shape, work: Workload, on_cpu: bool) -> float:
     """Gradients of the layer's output and input, and of its factors, before they are summed up.
 
-    A CPU sums tokens up in float32 and has factors and their gradients in b; a GPU keeps the gradients of
-    all N rows and of the factors in float32.
+    A CPU sums tokens up in float32 and has factors in b, those of the outputs in two layouts, and their
+    gradients in float32, of which the scaled ones are new; a GPU keeps the gradients of all N rows and of the
+    factors in float32.
     """
     t, h, b = work.tokens, shape.hidden, work.bytes
     rows = t * shape.top_k
     factors = shape.lora_weights(work.rank, work.targets, part="experts") / shape.layers
     if on_cpu:
-        return float(2 * t * h * b + 4 * t * h + rows * 40 + factors * (2 * b + (4 if b == 2 else 0)))
+        outputs = (2 * shape.intermediate + h) / (3 * shape.intermediate + 2 * h)
+        return float(2 * t * h * b + 4 * t * h + rows * 40 + factors * (b + 4) * (1 + outputs))
     return float((rows + 2 * t) * h * b + rows * 40 + 4 * factors)
 
 

@@ -26,6 +26,8 @@ from finetune.train import checkpoint
 from finetune.train.schedule import learning_rate_factor
 
 _IGNORED = -100
+# Packs are padded to a multiple of so many tokens: for every new length libraries compile programs anew.
+LENGTHS = 32
 
 
 class Packs(Protocol):
@@ -66,7 +68,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             # TRL takes nothing but a datasets.Dataset: it gets the packs' numbers, the collator fetches them.
             train_dataset=_numbers(len(packs)),
             eval_dataset=_numbers(len(held_out)) if len(held_out) else None,
-            data_collator=lambda rows: collate([packs[row["pack"]] for row in rows]),
+            data_collator=lambda rows: _with_tokens([packs[row["pack"]] for row in rows]),
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
@@ -83,7 +85,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The passes of one optimiser step, and the number of tokens they learn from over all processes."""
         batches, learned = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(sum(batch["input_ids"].numel() for batch in batches), device=device)
+        tokens = torch.tensor(sum(int(batch.pop("tokens")) for batch in batches), device=device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
         return batches, learned
 
@@ -153,7 +155,7 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
         count, processes = len(self.held_out), self.accelerator.num_processes
         for start in range(0, math.ceil(count / processes) * processes, processes):
             index = start + self.accelerator.process_index
-            batch = collate([self.held_out[min(index, count - 1)]])
+            batch = collate([self.held_out[min(index, count - 1)]], multiple=LENGTHS)
             if index >= count:
                 batch["labels"].fill_(_IGNORED)
             yield batch
@@ -185,6 +187,12 @@ class PackTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     def _send_telemetry(self) -> None:
         """TRL tells its makers that a training began; a run here is nobody else's business."""
+
+
+def _with_tokens(packs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch, and how many of its `tokens` are not padding."""
+    tokens = sum(len(pack["input_ids"]) for pack in packs)
+    return collate(packs, multiple=LENGTHS) | {"tokens": torch.tensor(tokens)}
 
 
 def _numbers(count: int) -> Dataset:

@@ -106,6 +106,14 @@ def test_padding_is_a_document_of_its_own() -> None:
     assert batch["position_ids"][short].tolist() == [0, 1, 2, *range(27)]
 
 
+@pytest.mark.parametrize("multiple, length", [(1, 30), (10, 30), (32, 32), (7, 35)])
+def test_a_batch_is_padded_to_a_multiple(multiple: int, length: int) -> None:
+    packed = PackedDataset(examples_of([3, 30]), 30, seed=0)
+    batch = collate([packed[0], packed[1]], multiple=multiple)
+    assert {tuple(value.shape) for value in batch.values()} == {(2, length)}
+    assert int((batch["labels"] != -100).sum()) == 2 + 29
+
+
 def test_a_selection_of_examples_keeps_their_tokens() -> None:
     examples = examples_of([2, 3, 4])
     chosen = examples.select(np.array([2, 0]))

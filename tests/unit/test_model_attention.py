@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.model.attention import BLOCK_QUERIES, Packing, attend
+from finetune.model.attention import BLOCK_KEYS, BLOCK_QUERIES, Packing, attend
 from tests.checkpoints import write_random_checkpoint
 from tests.model_kit import our_model, random_ids, relative_error, stock_model
 
@@ -149,12 +149,19 @@ def test_scores_too_large_for_their_exponential_do_not_overflow() -> None:
 @pytest.mark.parametrize("window", [1, 20, 128])
 def test_a_windowed_layer_meets_at_most_window_and_block_keys(window: int) -> None:
     for block in Packing(positions([1000, 500]), window).blocks:
-        assert block.last - block.first_key_in_window < window + BLOCK_QUERIES
+        assert block.last - block.first_key_in_window < window + BLOCK_QUERIES + BLOCK_KEYS
+
+
+def test_keys_come_in_whole_blocks_as_far_as_there_are_any() -> None:
+    for block in Packing(positions([301, 77, 500]), 100).blocks:
+        for first in (block.first_key, block.first_key_in_window):
+            assert first == 0 or (block.last - first) % BLOCK_KEYS == 0
 
 
 def test_a_full_layer_meets_only_the_documents_of_its_block() -> None:
     blocks = Packing(positions([200] * 10), 128).blocks
-    assert [block.first_key for block in blocks] == [block.first // 200 * 200 for block in blocks]
+    firsts = [block.first // 200 * 200 for block in blocks]
+    assert all(key - BLOCK_KEYS < b.first_key <= key for b, key in zip(blocks, firsts, strict=True))
 
 
 def test_blocks_cover_every_query_once() -> None:

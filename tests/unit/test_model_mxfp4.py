@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.model import mxfp4
 from finetune.model.mxfp4 import dequantise_mxfp4, quantise_mxfp4
-from finetune.model.native import native_decoder
+from finetune.model.native.decoder import native_decoder
 from tests.model_kit import decode_by_definition
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

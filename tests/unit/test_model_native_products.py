@@ -179,3 +179,10 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     native.activate_back(y, torch.ones(1, 32), torch.ones(1, 1), d_y, ALPHA, LIMIT)
     assert hidden[0].isnan().nonzero().flatten().tolist() == [2, 4]
     assert d_y[0, 4:6].isnan().all() and d_y[0, 8].isnan() and not d_y[0, 10:].isnan().any()
+
+
+def test_tensors_with_gaps_are_refused() -> None:
+    native, (parts, _) = library(torch.float32), parts_of([3])
+    blocks, scales = packed(1, 64, 64)
+    with pytest.raises(ValueError, match="rows has to be contiguous"):
+        native.multiply(parts, blocks, scales, random(64, 3).t(), torch.empty(3, 64), low=None, factor=None)

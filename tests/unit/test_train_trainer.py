@@ -113,6 +113,17 @@ def test_a_steps_gradient_is_that_of_the_mean_over_all_learned_tokens_of_its_pas
             assert difference <= 1e-5 * parameter.grad.norm(), name
 
 
+def test_tokens_are_counted_without_padding(project: tuple[Recipe, RunDir]) -> None:
+    ours = trainer(project, passes=3)
+    lengths: list[int] = []
+    ours.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    ours.train()
+    assert ours.state.num_input_tokens_seen == sum(length for pack in PACKS for length, _ in pack) == 124
+    assert sorted(lengths) == [32, 64, 64]
+
+
 def test_held_out_loss_is_the_mean_over_all_learned_tokens(project: tuple[Recipe, RunDir]) -> None:
     ours = trainer(project, passes=1)
     measured = ours.evaluate()["eval_loss"]

@@ -1,7 +1,8 @@
 """What torch has no operation for on processors with AVX-512, in C: MXFP4 decoded, and multiplied as it is.
 
 The system's C compiler makes libraries of it, once, in the user's cache; without a compiler or such a
-processor there are none, and torch's operations do the work.
+processor there are none, and torch's operations do the work. FINETUNE_NATIVE=0 in the environment forbids
+them.
 """
 
 from __future__ import annotations
@@ -12,32 +13,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
 
-# Blocks, scales, the values of every scale, out.
-Decode = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-# The dtypes that there are functions for, as these are named.
-KINDS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-
-@cache
-def native_decoder(dtype: torch.dtype) -> Decode | None:
-    """For contiguous tensors on the CPU; FINETUNE_NATIVE=0 in the environment forbids it."""
-    library = load_library("decode") if dtype in KINDS else None
-    if library is None or not library.decodes():
-        return None
-    function = library[f"decode_{KINDS[dtype]}"]
-
-    def decode(blocks: Tensor, scales: Tensor, values: Tensor, out: Tensor) -> None:
-        places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (blocks, scales, values, out)]
-        function(*places, ctypes.c_int64(scales.numel()))
-
-    return decode
+def multiplies(kind: str) -> bool:
+    """Whether native products are this processor's fastest in `bfloat16` or `float32`."""
+    products = load_library("products")
+    return products is not None and bool(products[f"multiplies_{kind}"]())
 
 
 def load_library(name: str) -> ctypes.CDLL | None:

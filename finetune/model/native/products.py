@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.model.layout import BLOCK
 from finetune.model.mxfp4 import values_of_scales
-from finetune.model.native import KINDS, load_library
+from finetune.model.native import load_library, multiplies
+from finetune.model.native.decoder import KINDS
 
 
 def _fields(pointers: str, numbers: str) -> list[tuple[str, Any]]:
@@ -42,6 +44,14 @@ class _Activation(ctypes.Structure):
         *_fields("y d_hidden score hidden d_y d_score", "rows inner"),
         ("alpha", ctypes.c_float), ("limit", ctypes.c_float), ("next", ctypes.c_int64),
     ]  # fmt: skip
+
+
+def _places(**tensors: Tensor) -> dict[str, int]:
+    """Where they are in memory, in which the libraries look blindly."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has to be contiguous")
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 class Parts:
@@ -87,8 +97,8 @@ class NativeProducts:
             given["bias32" if bias.dtype == torch.float32 else "bias16"] = bias
         _, outs, across = scales.shape
         self._run(self._multiply, _Product(
-            **{name: tensor.data_ptr() for name, tensor in given.items()}, **parts.fields(),
-            outs=outs, ins=32 * across, rank=low.shape[1] if low is not None else 0, transposed=transposed,
+            **_places(**given), **parts.fields(), outs=outs, ins=BLOCK * across,
+            rank=0 if low is None else low.shape[1], transposed=transposed,
         ))  # fmt: skip
         return out
 
@@ -103,15 +113,15 @@ class NativeProducts:
 
     def _factor(self, function: Any, parts: Parts, rows: Tensor, factor: Tensor, low: Tensor) -> None:
         self._run(function, _Factor(
-            **parts.fields(), rows=rows.data_ptr(), low=low.data_ptr(), factor=factor.data_ptr(),
-            width=rows.shape[1], rank=low.shape[1],
+            **_places(rows=rows, low=low, factor=factor), **parts.fields(), width=rows.shape[1],
+            rank=low.shape[1],
         ))  # fmt: skip
 
     def activate(self, y: Tensor, hidden: Tensor, alpha: float, limit: float) -> Tensor:
         """`y [n, 2I]` -> `hidden [n, I]`."""
         rows, inner = hidden.shape
         self._run(self._activate, _Activation(
-            y=y.data_ptr(), hidden=hidden.data_ptr(), rows=rows, inner=inner, alpha=alpha, limit=limit,
+            **_places(y=y, hidden=hidden), rows=rows, inner=inner, alpha=alpha, limit=limit,
         ))  # fmt: skip
         return hidden
 
@@ -123,8 +133,8 @@ class NativeProducts:
         rows, inner = d_hidden.shape
         d_score = torch.empty_like(score)
         self._run(self._activate_back, _Activation(
-            y=y.data_ptr(), d_hidden=d_hidden.data_ptr(), score=score.data_ptr(), d_y=d_y.data_ptr(),
-            d_score=d_score.data_ptr(), rows=rows, inner=inner, alpha=alpha, limit=limit,
+            **_places(y=y, d_hidden=d_hidden, score=score, d_y=d_y, d_score=d_score),
+            rows=rows, inner=inner, alpha=alpha, limit=limit,
         ))  # fmt: skip
         return d_score
 
@@ -134,10 +144,8 @@ def native_products(dtype: torch.dtype) -> NativeProducts | None:
     """For rows in `dtype`, where this processor's vectors multiply it faster than torch's libraries do."""
     # The threads are those of torch, whose OpenMP this is: a second one's would wait beside them for work.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if dtype not in KINDS or parallel is None:
+    if dtype not in KINDS or parallel is None or not multiplies(KINDS[dtype]):
         return None
     libraries = {name: load_library(name) for name in ("products", "factors", "activation")}
     found = {name: library for name, library in libraries.items() if library is not None}
-    if len(found) < len(libraries) or not found["products"][f"multiplies_{KINDS[dtype]}"]():
-        return None
-    return NativeProducts(dtype, found, parallel)
+    return NativeProducts(dtype, found, parallel) if len(found) == len(libraries) else None
