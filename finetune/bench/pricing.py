@@ -21,7 +21,7 @@ TYPICAL = {
                 "stream": 7e-9, "head products": 3.5e-12},
 }  # fmt: skip
 TYPICAL_OF_ANY = {
-    "experts": 2e-5, "blocks": 9e-4, "layers": 5e-3, "passes": 1.5e-3,
+    "factors": 3e-9, "experts": 2e-5, "blocks": 9e-4, "layers": 5e-3, "passes": 1.5e-3,
     "head weights": 8e-10, "head tiles": 1e-4, "logits": 4e-9,
 }  # fmt: skip
 # (A tenth over a third) squared: how much the typical prices count beside a probe.

@@ -17,13 +17,17 @@ from finetune.predict.workload import Workload
 
 Limit = Literal["compute", "memory traffic", "host"]
 
+# Values of a head in the release.
+USUAL_HEAD = 64
 # Unit -> the part of a step that it is shown as.
 PARTS = {
     "products": "products",  # FLOPs with the weights and factors of layers
-    "scores": "attention scores",  # of a query and a key in one of their products, for each head
+    # Of a query and a key in one of their products, for each head: half of the cost goes with its size.
+    "scores": "attention scores",
     "expert weights": "decoding experts",  # decoded, and read for products however few rows there are
     "rows": "between products",  # values of an expert's rows
     "stream": "between products",  # values of tokens outside of the experts
+    "factors": "factors",  # weights of the adapter, which are cast, and whose gradients are made and added
     "experts": "calls",  # each in its layer
     "blocks": "calls",  # of queries
     "layers": "calls",
@@ -38,7 +42,8 @@ PARTS = {
 # What a part of a step waits for.
 LIMITS: dict[str, Limit] = {
     "products": "compute", "attention scores": "compute", "decoding experts": "memory traffic",
-    "between products": "memory traffic", "logits": "memory traffic", "calls": "host",
+    "between products": "memory traffic", "factors": "memory traffic", "logits": "memory traffic",
+    "calls": "host",
 }  # fmt: skip
 
 
@@ -57,12 +62,14 @@ def layers_units(shape: Shape, work: Workload) -> dict[str, float]:
     tokens, layers = work.tokens, shape.layers
     again = 1.0 if work.checkpointing else 2 / 3
     values = 4 * shape.hidden + 2 * shape.query + 2 * shape.key_value
+    of_scores = (1 + shape.query / shape.heads / USUAL_HEAD) / 2
     return {
         "products": tokens * layers * layer_products(shape, work),
-        "scores": tokens * shape.heads * scored_keys(shape, work, on_cpu=True),
+        "scores": tokens * shape.heads * scored_keys(shape, work, on_cpu=True) * of_scores,
         "expert weights": 2 * shape.expert_weights,
         "rows": tokens * layers * shape.top_k * (shape.hidden + 4 * shape.intermediate),
         "stream": tokens * layers * values * again,
+        "factors": shape.lora_weights(work.rank, work.targets),
         "experts": layers * shape.experts,
         "blocks": layers * math.ceil(tokens / ATTENTION_QUERIES) * again,
         "layers": layers,
