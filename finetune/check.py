@@ -108,7 +108,7 @@ def check(recipe: Recipe, *, gpu: str | None = None, price: float | None = None)
     if report.problem:
         return report
     try:
-        prediction = _predict(report, lengths, machine or this_machine(), price)
+        prediction = _predict(report, lengths, machine or this_machine(recipe.model.computes_in), price)
     except FinetuneError as error:
         return replace(report, unpredicted=str(error))
     return replace(report, prediction=prediction)

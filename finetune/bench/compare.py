@@ -66,7 +66,7 @@ def bench(
     opponents = [_opponent(name) for name in against]
     ask_for_large_pages()  # for both sides, whose processes inherit it
     config = config or _config(recipe)
-    shape, machine = Shape.of(config), this_machine()
+    shape, machine = Shape.of(config), this_machine(recipe.model.computes_in)
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         place = Path(folder)
         _require_room(place, shape)

@@ -62,20 +62,16 @@ HEADS = (
 OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 
-def prices() -> dict[str, dict[str, float]]:
-    """Of each dtype, seconds of one of each unit."""
+def prices(dense: str) -> dict[str, float]:
+    """Seconds of one of each unit, computed in `dense`."""
     torch.manual_seed(0)
     multiply_float32_fast()  # as training has it, and so the next
     keep_freed_memory()
-    found = {}
-    for dense in DTYPES:
-        layers, heads = [_layer(probe, dense) for probe in LAYERS], [_head(probe, dense) for probe in HEADS]
-        seconds = _seconds([work for _, work in layers + heads])
-        units = [each for each, _ in layers + heads]
-        found[dense] = fit_prices(units[: len(layers)], seconds[: len(layers)], dense) | fit_prices(
-            units[len(layers) :], seconds[len(layers) :], dense
-        )
-    return found
+    layers, heads = [_layer(probe, dense) for probe in LAYERS], [_head(probe, dense) for probe in HEADS]
+    seconds = _seconds([work for _, work in layers + heads])
+    units = [each for each, _ in layers + heads]
+    of_layers = fit_prices(units[: len(layers)], seconds[: len(layers)], dense)
+    return of_layers | fit_prices(units[len(layers) :], seconds[len(layers) :], dense)
 
 
 def _seconds(works: Sequence[Callable[[], None]]) -> list[float]:

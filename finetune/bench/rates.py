@@ -1,4 +1,4 @@
-"""What this machine's processor does a second, measured in moments: `python -m finetune.bench.rates`.
+"""What this machine's processor does a second, measured in moments: `python -m finetune.bench.rates bf16`.
 
 A rate is the best of some tries, as what else runs on the machine can only slow one down.
 """
@@ -6,6 +6,7 @@ A rate is the best of some tries, as what else runs on the machine can only slow
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -34,14 +35,14 @@ def best_seconds(work: Callable[[], object], times: int = 1) -> float:
     return min(seconds)
 
 
-def measure() -> dict[str, object]:
-    """Rates of products (FLOP/s) and memory (bytes/s); seconds of the units of a training step."""
+def measure(dense: str) -> dict[str, object]:
+    """Rates of products (FLOP/s) and memory (bytes/s); seconds of the units of a training step in `dense`."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "matrix": {name: _matrix(dtype) for name, dtype in DTYPES.items()},
         "bandwidth": _bandwidth(),
-        "prices": prices(),
+        "prices": {dense: prices(dense)},
     }
 
 
@@ -72,4 +73,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(measure(sys.argv[1])))

@@ -83,7 +83,14 @@ def assemble(config: GptOssConfig, tensors: dict[str, Tensor], *, packed: bool) 
     model.model.rotary_emb = GptOssRotaryEmbedding(config=config)
     use_packed_attention(model)
     use_selective_recompute(model)
+    model.lm_head.register_forward_pre_hook(_close_gaps)
     return model.requires_grad_(False)
+
+
+def _close_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of several prompts generation asks the head for their last tokens, rows with gaps between: torch would
+    copy the head's weights once for each prompt."""
+    return tuple(rows.contiguous() for rows in inputs)
 
 
 def _keep_experts_on_host(model: GptOssForCausalLM, info: CheckpointInfo, device: torch.device) -> None:

@@ -55,15 +55,15 @@ def _native() -> tuple[str, ...]:
     return tuple(name for name, kind in kinds.items() if multiplies(kind))
 
 
-def this_machine() -> Machine:
-    """The GPU that training would use, or the processor.
+def this_machine(dense: str) -> Machine:
+    """The GPU that training would use, or the processor with its prices for computing in `dense`.
 
     Raises:
         FinetuneError: there is a GPU whose rates are not known, or measuring the processor failed.
     """
     device = first_gpu()
     if device is None:
-        return _processor(_rates())
+        return _processor(_rates(dense))
     machine = found_gpu(device["name"], device["memory"])
     if machine is None:
         raise FinetuneError(f"the rates of {device['name']} are not known; --gpu names one to predict for")
@@ -114,16 +114,16 @@ def _processor(rates: dict[str, Any]) -> Machine:
     )
 
 
-def _rates() -> dict[str, Any]:
+def _rates(dense: str) -> dict[str, Any]:
     """Measured rates; from the cache where this machine and torch were measured before."""
-    file = _cache_file()
+    file = _cache_file(dense)
     with suppress(OSError, ValueError):
         kept = json.loads(file.read_text())
         if isinstance(kept, dict):
             return kept
     ask_for_large_pages()  # as training has it
     done = subprocess.run(
-        [sys.executable, "-m", "finetune.bench.rates"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "finetune.bench.rates", dense], capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = (done.stderr.strip() or "it gave no reason").splitlines()[-1]
@@ -135,7 +135,7 @@ def _rates() -> dict[str, Any]:
     return rates
 
 
-def _cache_file() -> Path:
+def _cache_file(dense: str) -> Path:
     folder = (
         os.environ.get("FINETUNE_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
@@ -145,6 +145,6 @@ def _cache_file() -> Path:
     ours = [*package.glob("bench/*.py"), *package.glob("model/**/*"), package / "predict" / "units.py"]
     sources = sorted(file for file in ours if file.suffix in (".py", ".c", ".h"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    here = [platform.node(), platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS")]
+    here = [platform.node(), platform.machine(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"), dense]
     key = hashlib.sha256(json.dumps([*here, version("torch"), code]).encode()).hexdigest()[:16]
     return Path(folder) / f"machine-{key}.json"

@@ -46,7 +46,7 @@ class Workload:
             passes=max(1, round(train.tokens_per_step / (tokens * processes))),
             rank=recipe.lora.rank,
             targets=list(recipe.lora.targets),
-            dense="bf16" if recipe.model.dense == "nf4" else recipe.model.dense,  # what is computed in
+            dense=recipe.model.computes_in,
             checkpointing=train.gradient_checkpointing,
             optimizer=train.optimizer,
             document=min(document, tokens),

@@ -57,6 +57,10 @@ class ModelSpec(Spec):
     dense: Literal["bf16", "float32", "nf4"] = "bf16"
     experts_on: Literal["device", "host"] = "device"
 
+    @property
+    def computes_in(self) -> Literal["bf16", "float32"]:
+        return "bf16" if self.dense == "nf4" else self.dense
+
 
 class LoraSpec(Spec):
     """The adapter. Its effect is scaled by alpha / rank, or alpha / sqrt(rank) with `rslora`."""

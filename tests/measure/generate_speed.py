@@ -4,9 +4,8 @@
 
 Random weights (hidden 1024, 32 experts, 4 layers), the same prompts, greedy, on this machine's CPU. Each side
 lives in a process of its own, and they take turns at every prompt; a side's figure is its best try, as what
-else runs on the machine can only slow one down. The sides: what `finetune generate` runs, the same with no
-experts kept decoded, and `generate` of transformers on the weights that it dequantises as it loads, with its
-default attention and experts.
+else runs on the machine can only slow one down. The sides: what `finetune generate` runs, and `generate` of
+transformers on the weights that it dequantises as it loads, with its default attention and experts.
 
 Reading ends with the first token. Memory is what a process peaks at over what it holds after its imports,
 mapped files included. `same_tokens` counts up to the first difference from stock: of equally likely tokens,
@@ -39,7 +38,7 @@ from finetune.model import keep_decoded, load_base
 from tests.measure.conditions import REFERENCE, record, resident_gib
 from tests.measure.random_size import config_of
 
-SIDES = ("finetune", "finetune, nothing kept", "transformers")
+SIDES = ("finetune", "transformers")
 # Prompts at once, and their tokens. Eight of 4096 are left out: stock's scores alone would take 9 GB.
 CASES = ((1, 128), (1, 1024), (1, 4096), (8, 128), (8, 1024))
 NEW_TOKENS = 32
@@ -56,7 +55,7 @@ class Side:
     """A model and its way to answer."""
 
     def __init__(self, name: str, base: Path, dtype: torch.dtype) -> None:
-        self.stock, self.keeps = name == "transformers", name == "finetune"
+        self.stock = name == "transformers"
         load = GptOssForCausalLM.from_pretrained if self.stock else load_base
         self.model: Any = load(base, dtype=dtype)
         self.stop = self.model.config.vocab_size - 1  # hardly ever written
@@ -86,7 +85,7 @@ def live(name: str, base: Path, dtype: torch.dtype) -> None:
     loading = resident_gib()
     forget_peak()
     # `generate` by itself forgets at its end what it kept: an evaluation, too, keeps it between batches.
-    room = nullcontext() if side.stock else keep_decoded(side.model, None if side.keeps else 0)
+    room = nullcontext() if side.stock else keep_decoded(side.model)
     with room:
         for line in sys.stdin:
             print(json.dumps(side.answer(json.loads(line))), flush=True)
@@ -144,7 +143,7 @@ def compare(base: Path, dtype: str, tries: int) -> dict[str, Any]:
                 name: {
                     "read_tokens_per_second": round(count * length / best[name].read_seconds, 1),
                     "write_tokens_per_second": round(count * (NEW_TOKENS - 1) / best[name].write_seconds, 1),
-                    "same_tokens": round(until_first_difference(best[name].ids, best[SIDES[2]].ids), 3),
+                    "same_tokens": round(until_first_difference(best[name].ids, best["transformers"].ids), 3),
                 }
                 for name in SIDES
             }

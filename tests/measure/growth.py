@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     file = REFERENCE / "growth.json"
     figures: dict[str, Any] = json.loads(file.read_text())["figures"] if file.is_file() else {}
-    machine = this_machine()
+    machine = this_machine("bf16")
     for what, values in (("context", CONTEXTS), ("experts", EXPERTS), ("rank", RANKS)):
         if options.only in (None, what):
             if not options.again:

@@ -114,7 +114,7 @@ def main() -> None:
             if not options.again and any(word in name for word in options.only):
                 # Rates are measured where there are none yet.
                 os.environ["FINETUNE_CACHE"] = f"{folder}/{measured // POINTS_A_MACHINE}"
-                machine = this_machine()
+                machine = this_machine(recipe.model.computes_in)
                 measured += 1
                 figures = measured_point(recipe, config, options.steps)
                 table[name] = {"measured": figures, "machine": asdict(machine)}

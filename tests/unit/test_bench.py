@@ -109,7 +109,7 @@ def test_a_side_that_fails_is_told_and_the_other_is_kept(
             result.write_text(json.dumps(measured.to_dict()))
         return type("Done", (), {"returncode": 0 if side == "finetune" else -9, "stderr": ""})
 
-    monkeypatch.setattr(compare, "this_machine", lambda: gpu("l4"))
+    monkeypatch.setattr(compare, "this_machine", lambda dense: gpu("l4"))
     monkeypatch.setattr("finetune.bench.compare.subprocess.run", side_of)
     figures = bench(RECIPE, ["trl"], steps=3, routings=("natural",), config=TINY)
     ours = figures["natural"]["finetune"]

@@ -8,10 +8,10 @@
 #define INLINE ALWAYS AVX512_BF16
 
 enum {
-  ROWS = 4,        /* of a tile: with six ranks 24 registers of sums, and ten of operands */
+  ROWS = 4, /* of a tile: with six ranks 24 registers of sums, four of rows and one of a factor */
   RANKS = 6,
-  CHUNK = 32,      /* rows that a thread takes at once, against a factor that is in its cache */
-  COLUMNS = 64,    /* of a gradient that a thread takes at once */
+  CHUNK = 32,   /* rows that a thread takes at once, against a factor that is in its cache */
+  COLUMNS = 64, /* of a gradient that a thread takes at once */
   VECTORS = COLUMNS / LANES,
 };
 
@@ -164,7 +164,15 @@ AVX512_BF16 static void lower_32(void *f) { lower(f, 1); }
 AVX512_BF16 static void sum_up_16(void *f) { sum_up(f, 0); }
 AVX512_BF16 static void sum_up_32(void *f) { sum_up(f, 1); }
 
-void lower_bfloat16(factor_t *f, parallel_t *parallel, unsigned threads) { parallel(lower_16, f, threads, 0); }
-void lower_float32(factor_t *f, parallel_t *parallel, unsigned threads) { parallel(lower_32, f, threads, 0); }
-void sum_up_bfloat16(factor_t *f, parallel_t *parallel, unsigned threads) { parallel(sum_up_16, f, threads, 0); }
-void sum_up_float32(factor_t *f, parallel_t *parallel, unsigned threads) { parallel(sum_up_32, f, threads, 0); }
+void lower_bfloat16(factor_t *f, parallel_t *parallel, unsigned threads) {
+  parallel(lower_16, f, threads, 0);
+}
+void lower_float32(factor_t *f, parallel_t *parallel, unsigned threads) {
+  parallel(lower_32, f, threads, 0);
+}
+void sum_up_bfloat16(factor_t *f, parallel_t *parallel, unsigned threads) {
+  parallel(sum_up_16, f, threads, 0);
+}
+void sum_up_float32(factor_t *f, parallel_t *parallel, unsigned threads) {
+  parallel(sum_up_32, f, threads, 0);
+}

@@ -1,4 +1,4 @@
-/* Products of an expert's rows with its packed weights, and the activation between them.
+/* Products of an expert's rows with its packed weights.
 
    A strip of 64 columns of the result is one task of a thread. The strip's weights are decoded, a stretch
    of the depth at a time, to a panel that stays in the core's cache, in the order in which the products read
@@ -18,7 +18,7 @@ enum {
   COLUMNS = 64, /* of a strip: four registers */
   VECTORS = COLUMNS / LANES,
   ROWS = 6, /* of a tile: 24 registers of sums, four of weights and one of a row leave three */
-  DEPTH = 736, /* words of a panel: 188 KB, a fraction of a core's second cache; whole blocks in both dtypes */
+  DEPTH = 736, /* words of a panel: 188 KB, a fraction of a core's second cache, and whole blocks */
   AHEAD = 48,  /* rows of weights that are asked for before they are decoded, where they lie far apart */
 };
 
@@ -43,9 +43,9 @@ int multiplies_float32(void) { return __builtin_cpu_supports("avx512bw"); }
 
 int multiplies_bfloat16(void) {
   unsigned a, b, c, d;
-  if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;
+  int vectors = __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
   /* With matrix units (AMX) a library's products are faster than vectors can be. */
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && !(d >> 22 & 1);
+  return vectors && __get_cpuid_count(7, 0, &a, &b, &c, &d) && !(d >> 22 & 1);
 }
 
 INLINE void transpose(__m512i v[LANES]) {

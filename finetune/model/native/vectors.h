@@ -16,7 +16,8 @@ typedef void parallel_t(void (*)(void *), void *, unsigned, unsigned);
 /* Block i of blocks [count, 16] and scales [count]. The sixteen values under a scale fit one register, in
    which one instruction looks up 16 or 32 codes. values [256, 32]: of each scale its 16 values, twice. */
 
-ALWAYS AVX512 __m512i look_up_bfloat16(const uint8_t *blocks, const uint8_t *scales, const void *values, int64_t i) {
+ALWAYS AVX512 __m512i look_up_bfloat16(const uint8_t *blocks, const uint8_t *scales, const void *values,
+                                       int64_t i) {
   __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(blocks + 16 * i)));
   /* Each byte's low code comes to lie in the low half of 32 bits, its high code in the high half. The
      look-up regards five bits of a half, of which the fifth chooses between two equal tables. */
@@ -24,8 +25,8 @@ ALWAYS AVX512 __m512i look_up_bfloat16(const uint8_t *blocks, const uint8_t *sca
   return _mm512_permutexvar_epi16(codes, _mm512_loadu_si512((const uint16_t *)values + 32 * scales[i]));
 }
 
-ALWAYS AVX512 void look_up_float32(const uint8_t *blocks, const uint8_t *scales, const void *values, int64_t i,
-                                   __m512i *first, __m512i *second) {
+ALWAYS AVX512 void look_up_float32(const uint8_t *blocks, const uint8_t *scales, const void *values,
+                                   int64_t i, __m512i *first, __m512i *second) {
   __m128i low = _mm_loadu_si128((const void *)(blocks + 16 * i)), high = _mm_srli_epi16(low, 4);
   __m512i table = _mm512_loadu_si512((const float *)values + 32 * scales[i]);
   /* The look-up regards four bits. */
