@@ -40,7 +40,7 @@ class Arithmetic(Protocol):
 
 def _begin(experts: FrozenExperts, x: Tensor, routing: Routing, scores: Tensor) -> tuple[Pass, Arithmetic]:
     """`x [T, H]`, `scores [T, k]`."""
-    native = native_products(x.dtype) if experts.multiplies_packed else None
+    native = native_products(x.dtype) if experts.packed("gate_up_proj") else None
     padded = NativeArithmetic.padded if native else TorchArithmetic.padded
     run = Pass(experts, x, Order(routing, scores, x.dtype, lambda rows: padded(rows, x.dtype)))
     return run, NativeArithmetic(run, native) if native else TorchArithmetic(run)

@@ -31,6 +31,11 @@ class NativeArithmetic:
         row = 2 * experts.hidden_size + 4 * experts.intermediate_size
         return Limit(experts.num_experts, max(1, GROUP_VALUES // row), consecutive=False)
 
+    def _packed(self, name: str) -> tuple[Tensor, Tensor]:
+        packed = self.run.experts.packed(name)
+        assert packed is not None, "native products are for packed weights"
+        return packed
+
     def apply(
         self, projection: Projection, group: Group, rows: Tensor, low: Tensor | None, into: str
     ) -> Tensor:
@@ -38,7 +43,7 @@ class NativeArithmetic:
         name, experts, factors = projection.name, self.run.experts, projection.factors
         out = self.run.take(f"{into}, wide", group, experts.features(name)[1], torch.float32)
         return self.native.multiply(
-            _parts(group), *experts.packed(name), rows, out, low=low, factor=factors.b if factors else None,
+            _parts(group), *self._packed(name), rows, out, low=low, factor=factors.b if factors else None,
             bias=experts.bias(name).detach(),
         )  # fmt: skip
 
@@ -49,7 +54,7 @@ class NativeArithmetic:
         name, experts, factors = projection.name, self.run.experts, projection.factors
         d_rows = self.run.take(into, group, experts.features(name)[0], torch.float32)
         return self.native.multiply(
-            _parts(group), *experts.packed(name), d_out, d_rows, low=d_low,
+            _parts(group), *self._packed(name), d_out, d_rows, low=d_low,
             factor=factors.a if factors else None, transposed=True,
         )  # fmt: skip
 

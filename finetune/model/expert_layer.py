@@ -94,9 +94,8 @@ class FrozenExperts(Protocol):
     limit: float
     scratch: Scratch
     stream: ExpertStream | None
-    multiplies_packed: bool
 
-    def packed(self, name: str) -> tuple[Tensor, Tensor]: ...
+    def packed(self, name: str) -> tuple[Tensor, Tensor] | None: ...  # blocks and scales
     def back_end(self, x: Tensor) -> BackEnd: ...
 
     @property

@@ -141,12 +141,11 @@ class Experts(nn.Module, ABC):
 
     # Where the packed bytes stay in host memory.
     stream: ExpertStream | None = None
-    # Whether there is `packed`.
-    multiplies_packed = False
 
-    def packed(self, name: str) -> tuple[Tensor, Tensor]:
-        """`blocks [E, out, in/32, 16]` and `scales [E, out, in/32]` of `gate_up_proj` or `down_proj`."""
-        raise NotImplementedError
+    def packed(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """`blocks [E, out, in/32, 16]` and `scales [E, out, in/32]` of `gate_up_proj` or `down_proj`, where
+        they are packed."""
+        return None
 
     @abstractmethod
     def write_weights(self, first: int, last: int, outs: Weights, decode: Decoder, backward: bool) -> None:
@@ -155,8 +154,6 @@ class Experts(nn.Module, ABC):
 
 class PackedExperts(Experts):
     """Experts in the released bytes, `blocks [E, out, in/32, 16]` and `scales [E, out, in/32]`."""
-
-    multiplies_packed = True
 
     def __init__(self, config: GptOssConfig, scratch: Scratch) -> None:
         super().__init__(config, scratch)
