@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from finetune.model.layout import BLOCK
 from finetune.model.mxfp4 import values_of_scales
@@ -71,15 +72,18 @@ class NativeProducts:
     """Functions for one dtype. All tensors are contiguous; rows `[n, ...]` are in it, sums in float32."""
 
     def __init__(self, dtype: torch.dtype, libraries: dict[str, ctypes.CDLL], parallel: Any) -> None:
-        self.dtype, self._parallel, self._values = dtype, parallel, values_of_scales(dtype)
-        kind = KINDS[dtype]
-        self._multiply = libraries["products"][f"multiply_{kind}"]
-        self._lower, self._sum_up = (libraries["factors"][f"{name}_{kind}"] for name in ("lower", "sum_up"))
-        self._activate = libraries["activation"][f"activate_{kind}"]
-        self._activate_back = libraries["activation"][f"activate_back_{kind}"]
+        self._parallel, self._values = parallel, values_of_scales(dtype)
+        self._functions = {
+            name: libraries[library][f"{name}_{KINDS[dtype]}"]
+            for name, library in {
+                "multiply": "products", "lower": "factors", "sum_up": "factors",
+                "activate": "activation", "activate_back": "activation",
+            }.items()
+        }  # fmt: skip
 
-    def _run(self, function: Any, work: ctypes.Structure) -> None:
-        function(ctypes.byref(work), self._parallel, torch.get_num_threads())
+    def _run(self, name: str, work: ctypes.Structure) -> None:
+        with record_function(f"native::{name}"):
+            self._functions[name](ctypes.byref(work), self._parallel, torch.get_num_threads())
 
     def multiply(
         self, parts: Parts, blocks: Tensor, scales: Tensor, rows: Tensor, out: Tensor, *,
@@ -96,7 +100,7 @@ class NativeProducts:
         if bias is not None:
             given["bias32" if bias.dtype == torch.float32 else "bias16"] = bias
         _, outs, across = scales.shape
-        self._run(self._multiply, _Product(
+        self._run("multiply", _Product(
             **_places(**given), **parts.fields(), outs=outs, ins=BLOCK * across,
             rank=0 if low is None else low.shape[1], transposed=transposed,
         ))  # fmt: skip
@@ -104,15 +108,15 @@ class NativeProducts:
 
     def lower(self, parts: Parts, rows: Tensor, factor: Tensor, low: Tensor) -> Tensor:
         """Of each part `rows @ factor.T`, to `low`; `rows [n, M]`, `factor [E, R, M]`, `low [n, R]`."""
-        self._factor(self._lower, parts, rows, factor, low)
+        self._factor("lower", parts, rows, factor, low)
         return low
 
     def sum_up(self, parts: Parts, low: Tensor, rows: Tensor, out: Tensor) -> None:
         """Of each part `low.T @ rows`, written to its place in `out [E, R, M]`, which is in float32."""
-        self._factor(self._sum_up, parts, rows, out, low)
+        self._factor("sum_up", parts, rows, out, low)
 
-    def _factor(self, function: Any, parts: Parts, rows: Tensor, factor: Tensor, low: Tensor) -> None:
-        self._run(function, _Factor(
+    def _factor(self, name: str, parts: Parts, rows: Tensor, factor: Tensor, low: Tensor) -> None:
+        self._run(name, _Factor(
             **_places(rows=rows, low=low, factor=factor), **parts.fields(), width=rows.shape[1],
             rank=low.shape[1],
         ))  # fmt: skip
@@ -120,7 +124,7 @@ class NativeProducts:
     def activate(self, y: Tensor, hidden: Tensor, alpha: float, limit: float) -> Tensor:
         """`y [n, 2I]` -> `hidden [n, I]`."""
         rows, inner = hidden.shape
-        self._run(self._activate, _Activation(
+        self._run("activate", _Activation(
             **_places(y=y, hidden=hidden), rows=rows, inner=inner, alpha=alpha, limit=limit,
         ))  # fmt: skip
         return hidden
@@ -132,7 +136,7 @@ class NativeProducts:
         and what is returned, the sums of `d_hidden` times the activation, `[n, 1]`."""
         rows, inner = d_hidden.shape
         d_score = torch.empty_like(score)
-        self._run(self._activate_back, _Activation(
+        self._run("activate_back", _Activation(
             **_places(y=y, d_hidden=d_hidden, score=score, d_y=d_y, d_score=d_score),
             rows=rows, inner=inner, alpha=alpha, limit=limit,
         ))  # fmt: skip
