@@ -185,13 +185,6 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_the_last_tokens_of_several_prompts_need_no_copy_of_the_head(ours: Any) -> None:
-    with torch.no_grad(), LargestTensor() as largest:
-        ours(random_ids(4, 9), logits_to_keep=1)
-    assert largest.operations > 100
-    assert largest.elements <= ours.lm_head.weight.numel()
-
-
 @pytest.mark.parametrize("length", [512, 2048])
 def test_a_windowed_layer_makes_no_tensor_that_grows_with_the_square_of_the_length(length: int) -> None:
     window = 32

@@ -18,6 +18,7 @@ from finetune.model import fingerprint, hash_frozen, inspect_checkpoint, load_mo
 from finetune.model.experts import DenseExperts, PackedExperts
 from tests.checkpoints import write_random_checkpoint
 from tests.model_kit import our_model, random_ids, relative_error, stock_model
+from tests.unit.test_model_attention import LargestTensor
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -106,6 +107,15 @@ def test_the_checkpoints_stop_tokens_end_generation(tmp_path: Path) -> None:
     base = write_random_checkpoint(tmp_path / "base")
     stops = json.loads((base / "generation_config.json").read_text())["eos_token_id"]
     assert our_model(base).generation_config.eos_token_id == stops
+
+
+def test_rows_with_gaps_need_no_copy_of_the_head(tmp_path: Path) -> None:
+    model = our_model(write_random_checkpoint(tmp_path))
+    last = torch.randn(4, 9, model.config.hidden_size)[:, -1:]  # of several prompts, as generation asks
+    with torch.no_grad(), LargestTensor() as largest:
+        found = model.lm_head(last)
+    assert largest.elements == model.lm_head.weight.numel()  # itself, transposed
+    assert relative_error(found, last @ model.lm_head.weight.t()) < 1e-6
 
 
 def test_inspection_counts_what_the_checkpoint_holds(tmp_path: Path) -> None:
