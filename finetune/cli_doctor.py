@@ -13,6 +13,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from finetune.model.native import multiplies
+
 
 @dataclass(frozen=True)
 class Package:
@@ -26,7 +28,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Memory and disk are in bytes; `problems` are sentences, and none of them means that all is well."""
+    """Memory and disk are in bytes; `native` are the dtypes in which the CPU multiplies packed weights as they
+    are; `problems` are sentences, and none of them means that all is well."""
 
     python: str
     system: str
@@ -34,6 +37,7 @@ class Diagnosis:
     memory: int
     disk_free: int
     gpus: list[dict[str, Any]]
+    native: list[str]
     packages: list[Package]
     problems: list[str]
 
@@ -59,6 +63,7 @@ def diagnose(folder: Path = Path(".")) -> Diagnosis:
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         disk_free=shutil.disk_usage(folder).free,
         gpus=gpus,
+        native=[kind for kind in ("bfloat16", "float32") if multiplies(kind)],
         packages=packages,
         problems=problems + gpu_problem,
     )

@@ -70,7 +70,7 @@ _MEMORY_PARTS = {
     "gradients": "of the adapter",
     "optimizer": "moments of the adapter",
     "activations": "kept for backward, and at work in one layer",
-    "scratch": "decoded experts of one group",
+    "scratch": "what a group of experts works on",
     "logits": "tiles of the output head",
     "libraries": "before a model is loaded",
     "allocator": "freed, but not given back",
@@ -131,6 +131,8 @@ def show_doctor(found: Diagnosis, console: Console) -> None:
         table.add_row("GPU", f"{gpu['name']}, {free} free of {total}, compute capability {gpu['capability']}")
     if not found.gpus:
         table.add_row("GPU", "none: good for nano and for trying things out")
+    slow = "by decoding first: native products want AVX-512 and a C compiler (cc)"
+    table.add_row("experts on CPU", f"native in {' and '.join(found.native)}" if found.native else slow)
     table.add_row("disk", f"{said_bytes(found.disk_free)} free here")
     for package in found.packages:
         table.add_row(package.name, package.installed or "missing", style=None if package.fits else "red")

@@ -58,7 +58,8 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the peak, by part; `when` names the moment. `activations` are kept for backward or come and
-    go; `scratch` holds decoded experts; `allocator` what is freed but not given back."""
+    go; `scratch` holds what a group of experts decodes and works on; `allocator` what is freed but not given
+    back."""
 
     experts: float
     dense: float

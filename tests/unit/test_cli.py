@@ -238,6 +238,13 @@ def test_doctor_names_every_package_and_finds_nothing_missing_here() -> None:
     assert "all is well" in runner.invoke(app, ["doctor"]).output
 
 
+def test_doctor_says_how_a_cpu_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.cli_doctor.multiplies", lambda kind: kind == "float32")
+    assert "native in float32" in runner.invoke(app, ["doctor"]).output
+    monkeypatch.setattr("finetune.cli_doctor.multiplies", lambda kind: False)
+    assert "C compiler" in runner.invoke(app, ["doctor"]).output
+
+
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.cli_doctor.requires", lambda _: ["no-such-package>=3", "typer<0.1"])
     result = runner.invoke(app, ["doctor"])
