@@ -28,7 +28,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Memory and disk are in bytes; `native` are the dtypes in which the CPU multiplies packed weights as they
+    """Memory and disk are in bytes; `native`: the dtypes in which the CPU multiplies packed weights as they
     are; `problems` are sentences, and none of them means that all is well."""
 
     python: str

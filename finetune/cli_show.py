@@ -131,7 +131,7 @@ def show_doctor(found: Diagnosis, console: Console) -> None:
         table.add_row("GPU", f"{gpu['name']}, {free} free of {total}, compute capability {gpu['capability']}")
     if not found.gpus:
         table.add_row("GPU", "none: good for nano and for trying things out")
-    slow = "by decoding first: native products want AVX-512 and a C compiler (cc)"
+    slow = "decoded first: no AVX-512, or no C compiler (cc)"
     table.add_row("experts on CPU", f"native in {' and '.join(found.native)}" if found.native else slow)
     table.add_row("disk", f"{said_bytes(found.disk_free)} free here")
     for package in found.packages:
