@@ -45,7 +45,8 @@ HEAD_TILES = 7.25
 # Of keys there are as many as a document has blocks, in six products (finetune/model/attention.py).
 ONEDNN_ROW, ONEDNN_ALL = 33e3, 0.28e9
 ONEDNN_PROGRAM, ONEDNN_PROGRAMS, ATTENTION_PRODUCTS = 0.6 * 2**20, 1024, 6
-# Where experts need none, of all that are kept so many are large: nano's demo (runs/reference/demo.json).
+# Where experts need none, of all that are kept so many are large: fitted to nano's demo
+# (runs/reference/demo.json).
 VARIED_SHARE = 0.25
 # Queries of one block of attention on a CPU, and bytes of a buffer for its scores in float32, unless one key
 # head's block is larger (finetune/model/attention.py).
@@ -178,7 +179,7 @@ def _cpu_scratch(shape: Shape, work: Workload, machine: Machine) -> float:
     """What is decoded at once, and all that has as many rows as the fullest group (finetune/model/cpu.py,
     `_Backward`): in b x and d_out [H], in float32 d_rows [H]. Where weights are multiplied as they are,
     beside these y [2I] and d_hidden [I] in float32, d_y [2I] and hidden [I] in b (cpu_native.py); else y
-    [2I] in b and nine of I in float32 (cpu_torch.py)."""
+    [2I] and hidden [I] in b and seven of I in float32 (cpu_torch.py)."""
     h, i, b = shape.hidden, shape.intermediate, work.bytes
     row = (2 * b + 4) * h + 4 * _padded(work) * b
     if _multiplies_packed(shape, work, machine):
@@ -188,7 +189,7 @@ def _cpu_scratch(shape: Shape, work: Workload, machine: Machine) -> float:
     experts = group_experts(shape)
     sizes = (h, 2 * i), (i, h)
     decoded = sum(i * min(o, max(1, CPU_GROUP_WEIGHTS // 2 // i)) for i, o in sizes) if shape.packed else 0
-    return experts * decoded * b + _rows_of_a_group(shape, work, experts) * (row + (2 * b + 36) * i)
+    return experts * decoded * b + _rows_of_a_group(shape, work, experts) * (row + (3 * b + 28) * i)
 
 
 def _onednn(shape: Shape, work: Workload, machine: Machine) -> float:
