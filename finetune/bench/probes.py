@@ -26,8 +26,8 @@ from finetune.predict.units import head_units, layers_units
 from finetune.predict.workload import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-# Rounds at most, and seconds after which none is begun: one takes some four here. With a single one that counted
-# the speed of 5 of 16 models was over a tenth off, with two that of 2 (tests/measure/prediction.py).
+# Rounds at most, and seconds after which none is begun: one takes some four here. With one that counted the
+# speed of 5 of 16 models was over a tenth off, with two that of 2 (tests/measure/prediction.py).
 ROUNDS, PATIENCE = 3, 10.0
 # Layers and how many of them are full, hidden (and intermediate) size, experts, experts a token, query heads,
 # tokens, tokens of a document, rank: corners of what models and recipes ask for, in hundredths of a second;
